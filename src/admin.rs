@@ -1,0 +1,113 @@
+//! The admin port: `/livez`, `/readyz` and `/metrics`, in plain HTTP, for probes and Prometheus.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header::CONTENT_TYPE},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use prometheus_client::registry::Registry;
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics;
+
+/// Whether the process is ready: every watch has synced, a certificate is loaded, and no shutdown has begun.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness(Arc<Mutex<Gates>>);
+
+#[derive(Debug, Default)]
+struct Gates {
+    closed: Vec<&'static str>,
+    stopping: bool,
+}
+
+/// One thing that readiness waits for.
+#[derive(Debug)]
+pub struct Gate {
+    name: &'static str,
+    readiness: Readiness,
+}
+
+impl Readiness {
+    /// Adds a thing to wait for.
+    #[must_use]
+    pub fn gate(&self, name: &'static str) -> Gate {
+        self.lock().closed.push(name);
+        Gate { name, readiness: self.clone() }
+    }
+
+    /// From now on the process is not ready any more.
+    pub fn stop(&self) {
+        self.lock().stopping = true;
+    }
+
+    /// What is being waited for; empty if ready.
+    #[must_use]
+    pub fn waiting_for(&self) -> Vec<&'static str> {
+        let gates = self.lock();
+        if gates.stopping { vec!["shutdown"] } else { gates.closed.clone() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Gates> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Gate {
+    /// What was waited for is there.
+    pub fn open(&self) {
+        self.readiness.lock().closed.retain(|name| *name != self.name);
+    }
+}
+
+/// Serves the admin port until `shutdown`.
+///
+/// # Errors
+/// The listener failed.
+pub async fn serve(
+    listener: TcpListener,
+    readiness: Readiness,
+    registry: Arc<Registry>,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let router = Router::new()
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(readyz).with_state(readiness))
+        .route("/metrics", get(metrics).with_state(registry));
+    let handle = axum_server::Handle::<SocketAddr>::new();
+    let server = axum_server::from_tcp(listener)?.handle(handle.clone()).serve(router.into_make_service());
+    let stop = async {
+        shutdown.cancelled().await;
+        handle.graceful_shutdown(Some(Duration::from_secs(1)));
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        result = server => result,
+        () = stop => Ok(()),
+    }
+}
+
+async fn readyz(State(readiness): State<Readiness>) -> Response {
+    let waiting_for = readiness.waiting_for();
+    if waiting_for.is_empty() {
+        (StatusCode::OK, "ok\n".to_owned()).into_response()
+    } else {
+        let text = format!("not ready, waiting for: {}\n", waiting_for.join(", "));
+        (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
+    }
+}
+
+async fn metrics(State(registry): State<Arc<Registry>>) -> Response {
+    match metrics::render(&registry) {
+        Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
+}

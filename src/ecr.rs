@@ -1,0 +1,278 @@
+//! AWS: from a principal to an ECR authorization token.
+//!
+//! Credentials come from the standard chain of `aws-config` (IRSA, EKS Pod Identity, profile, IMDS), then, for an alias
+//! with a role, from `sts:AssumeRole`. One token serves every registry that its principal may read in that region; see
+//! <https://docs.aws.amazon.com/AmazonECR/latest/APIReference/API_GetAuthorizationToken.html>.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    path::PathBuf,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use aws_config::{
+    BehaviorVersion, Region, SdkConfig, retry::RetryConfig, sts::AssumeRoleProvider, timeout::TimeoutConfig,
+};
+use aws_sdk_ecr::{
+    Client,
+    error::{ProvideErrorMetadata, SdkError},
+    operation::get_authorization_token::GetAuthorizationTokenError,
+};
+use aws_smithy_http_client::{
+    Builder, Connector,
+    proxy::ProxyConfig,
+    tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode},
+};
+use jiff::{SignedDuration, Timestamp};
+use secrecy::SecretString;
+
+use crate::{
+    alias::{Identity, Principal},
+    dockerconfig::{self, NotAuth},
+    watch::chain,
+};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+const CALL_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A token that pulls from every registry of its principal.
+pub struct Token {
+    /// What a docker config holds as `auth`: base64 of `AWS:PASSWORD`.
+    pub auth: SecretString,
+    /// Until when AWS says it is valid.
+    pub expires_at: Timestamp,
+    /// How long it was valid when it came.
+    pub lifetime: SignedDuration,
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Token").field("expires_at", &self.expires_at).finish_non_exhaustive()
+    }
+}
+
+/// Why there is no token.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{problem}")]
+pub struct TokenError {
+    /// A word for conditions, events and metrics.
+    pub reason: Reason,
+    /// What was asked, what came, and what to do.
+    pub problem: String,
+}
+
+/// A word for why there is no token. A closed set, for it is a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, prometheus_client::encoding::EncodeLabelValue)]
+pub enum Reason {
+    /// AWS knows the caller and says no.
+    AccessDenied,
+    /// No credentials could be had for the principal.
+    NoCredentials,
+    /// AWS asks us to slow down.
+    Throttled,
+    /// No answer came in time, or no connection.
+    Unreachable,
+    /// AWS failed.
+    ServiceError,
+    /// The answer holds no usable token.
+    BadAnswer,
+    /// The token that came had expired already.
+    ExpiredOnArrival,
+}
+
+/// A client for each principal, made when it is first needed.
+#[derive(Debug)]
+pub struct Ecr {
+    base: SdkConfig,
+    clients: Mutex<HashMap<Principal, Client>>,
+}
+
+/// Why AWS cannot be used at all.
+#[derive(Debug, thiserror::Error)]
+pub enum SetupError {
+    /// The CA bundle cannot be read.
+    #[error("cannot read the CA bundle {path} that AWS_CA_BUNDLE names: {source}")]
+    CaBundle {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The CA bundle holds no certificates.
+    #[error("cannot use the CA bundle {path} that AWS_CA_BUNDLE names: {problem}")]
+    Tls {
+        /// Its path.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
+}
+
+impl Ecr {
+    /// Loads what the environment says of AWS: credentials, region, endpoints (`AWS_ENDPOINT_URL…`), proxies
+    /// (`HTTPS_PROXY`, `NO_PROXY`) and a CA bundle (`AWS_CA_BUNDLE`, beside the system's).
+    ///
+    /// # Errors
+    /// The CA bundle cannot be used.
+    pub async fn from_env() -> Result<Self, SetupError> {
+        let tls = tls_context()?;
+        let http_client = Builder::new().build_with_connector_fn(move |settings, components| {
+            let mut connector = Connector::builder().proxy_config(ProxyConfig::from_env());
+            connector.set_connector_settings(settings.cloned());
+            connector.set_sleep_impl(components.and_then(|c| c.sleep_impl()));
+            connector.tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(tls.clone()).build()
+        });
+        let timeouts = TimeoutConfig::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+            .operation_timeout(CALL_TIMEOUT)
+            .build();
+        // The refresh loop has a back-off of its own; two on top of each other would multiply the calls.
+        let base = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(http_client)
+            .timeout_config(timeouts)
+            .retry_config(RetryConfig::disabled())
+            .load()
+            .await;
+        Ok(Self { base, clients: Mutex::default() })
+    }
+
+    /// Asks AWS for a token: one call of `GetAuthorizationToken`, and what its credentials need.
+    ///
+    /// # Errors
+    /// [`TokenError`] says what to do. A token that is empty or has expired is an error, never an answer.
+    pub async fn token(&self, principal: &Principal) -> Result<Token, TokenError> {
+        let client = self.client(principal).await;
+        let answer = tokio::time::timeout(CALL_TIMEOUT, client.get_authorization_token().send())
+            .await
+            .map_err(|_| TokenError {
+                reason: Reason::Unreachable,
+                problem: format!("no answer from AWS within {} s for {principal}", CALL_TIMEOUT.as_secs()),
+            })?
+            .map_err(|e| explain(principal, &e))?;
+        let bad = |problem: &str| TokenError {
+            reason: Reason::BadAnswer,
+            problem: format!("AWS answered {principal} without a usable token: {problem}"),
+        };
+        let data = answer.authorization_data.and_then(|d| d.into_iter().next());
+        let data = data.ok_or_else(|| bad("no authorizationData"))?;
+        let auth: SecretString = data.authorization_token.ok_or_else(|| bad("no authorizationToken"))?.into();
+        dockerconfig::check_auth(secrecy::ExposeSecret::expose_secret(&auth))
+            .map_err(|e: NotAuth| bad(&e.to_string()))?;
+        let expires_at = data
+            .expires_at
+            .and_then(|t| Timestamp::from_second(t.secs()).ok())
+            .ok_or_else(|| bad("no expiresAt"))?;
+        let lifetime = expires_at.duration_since(Timestamp::now());
+        if lifetime <= SignedDuration::ZERO {
+            return Err(TokenError {
+                reason: Reason::ExpiredOnArrival,
+                problem: format!(
+                    "the token for {principal} expired at {expires_at}, before it came: check the clock of this node"
+                ),
+            });
+        }
+        Ok(Token { auth, expires_at, lifetime })
+    }
+
+    async fn client(&self, principal: &Principal) -> Client {
+        if let Some(client) = self.lock().get(principal) {
+            return client.clone();
+        }
+        let region = Region::new(principal.region.name.to_string());
+        let mut config = aws_sdk_ecr::config::Builder::from(&self.base).region(region.clone());
+        if principal.region.fips {
+            config = config.use_fips(true);
+        }
+        if principal.region.dual_stack {
+            config = config.use_dual_stack(true);
+        }
+        if let Identity::Role { arn, external_id } = &principal.identity {
+            // The STS of the operator's own region if it has one: it is the one that a private cluster reaches.
+            let mut role = AssumeRoleProvider::builder(arn)
+                .session_name("ecr-cname")
+                .region(self.base.region().cloned().unwrap_or(region));
+            if let Some(external_id) = external_id {
+                role = role.external_id(external_id);
+            }
+            config = config.credentials_provider(role.configure(&self.base).build().await);
+        }
+        let client = Client::from_conf(config.build());
+        self.lock().insert(principal.clone(), client.clone());
+        client
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Principal, Client>> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn tls_context() -> Result<TlsContext, SetupError> {
+    let mut trust = TrustStore::default();
+    let path = std::env::var_os("AWS_CA_BUNDLE").filter(|p| !p.is_empty()).map(PathBuf::from);
+    if let Some(path) = &path {
+        let pem =
+            std::fs::read(path).map_err(|source| SetupError::CaBundle { path: path.clone(), source })?;
+        trust = trust.with_pem_certificate(pem);
+    }
+    TlsContext::builder()
+        .with_trust_store(trust)
+        .build()
+        .map_err(|e| SetupError::Tls { path: path.unwrap_or_default(), problem: chain(&e) })
+}
+
+fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) -> TokenError {
+    let detail = chain(error);
+    let region = &principal.region.name;
+    let (reason, advice) = match error {
+        SdkError::ServiceError(context) => {
+            let status = context.raw().status().as_u16();
+            match context.err().code().unwrap_or_default() {
+                "ThrottlingException" | "TooManyRequestsException" | "RequestLimitExceeded" => {
+                    (Reason::Throttled, "AWS is throttling; this is tried again with back-off".to_owned())
+                }
+                code if code.contains("AccessDenied") => (
+                    Reason::AccessDenied,
+                    "allow ecr:GetAuthorizationToken on \"*\" in the policy of this identity".to_owned(),
+                ),
+                "UnrecognizedClientException" | "InvalidSignatureException" | "ExpiredTokenException" => (
+                    Reason::NoCredentials,
+                    "AWS does not accept the credentials; check the role and the node's clock".to_owned(),
+                ),
+                _ if status >= 500 => (Reason::ServiceError, "AWS failed; this is tried again".to_owned()),
+                _ => (Reason::AccessDenied, "AWS refused the call".to_owned()),
+            }
+        }
+        SdkError::TimeoutError(_) => (Reason::Unreachable, unreachable_advice(region)),
+        SdkError::DispatchFailure(failure) if failure.is_io() || failure.is_timeout() => {
+            (Reason::Unreachable, unreachable_advice(region))
+        }
+        SdkError::ResponseError(_) => (Reason::BadAnswer, "the answer could not be read".to_owned()),
+        _ => (
+            Reason::NoCredentials,
+            match &principal.identity {
+                Identity::Operator => {
+                    "check the role on the controller's service account (IRSA or Pod Identity)".to_owned()
+                }
+                Identity::Role { arn, .. } => {
+                    format!("check that {arn} trusts the operator's role, and the external ID")
+                }
+            },
+        ),
+    };
+    let message = match error.as_service_error() {
+        Some(service) => {
+            let meta = service.meta();
+            format!("{}: {}", meta.code().unwrap_or("error"), meta.message().unwrap_or("no message"))
+        }
+        None => detail,
+    };
+    TokenError { reason, problem: format!("no token for {principal}: {advice} ({message})") }
+}
+
+fn unreachable_advice(region: &str) -> String {
+    format!("AWS cannot be reached; check the route, proxy or VPC endpoint to ECR and STS in {region}")
+}

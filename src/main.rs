@@ -1,0 +1,45 @@
+//! Process-wide things only: the crypto provider, the flags, the runtime, the exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use ecr_cname::{
+    args::{Cli, Command, LogArgs},
+    run, telemetry,
+};
+
+fn main() -> ExitCode {
+    // It fails only if there is one already.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    match dispatch(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Webhook { process, webhook } => {
+            serve(&process.log.clone(), run::run(process, Some(webhook), None))
+        }
+        Command::Controller { process, controller } => {
+            serve(&process.log.clone(), run::run(process, None, Some(controller)))
+        }
+        Command::Run { process, webhook, controller } => {
+            serve(&process.log.clone(), run::run(process, Some(webhook), Some(controller)))
+        }
+        Command::Cleanup { cleanup } => {
+            serve(&cleanup.log.clone(), async move { run::cleanup(&cleanup).await })
+        }
+        Command::Rewrite(_) | Command::Resolve(_) | Command::Crd => Ok(ExitCode::SUCCESS),
+    }
+}
+
+fn serve(log: &LogArgs, work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<ExitCode> {
+    telemetry::init(log.log_format, &log.log)?;
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,257 @@
+//! Aliases → webhook entries: which pods the API server sends, decided with its own data.
+//!
+//! One entry stands for the aliases that share a namespace selector. Its `matchConditions` name their hosts, so that a
+//! pod with ordinary images never depends on this program being up.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    ByteString,
+    api::admissionregistration::v1::{
+        MatchCondition, MutatingWebhook, RuleWithOperations, ServiceReference, WebhookClientConfig,
+    },
+    apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement},
+};
+
+use crate::{
+    alias::{Alias, Group},
+    crd::PullSecret,
+};
+
+/// The label that a pod or a namespace opts out with.
+pub const OPT_OUT: &str = "ecr-cname.dev/rewrite";
+/// The value that it opts out with.
+pub const OPT_OUT_VALUE: &str = "disabled";
+
+/// How many hosts one CEL expression names at the most; a longer list is split over entries.
+const HOSTS_PER_ENTRY: usize = 100;
+
+/// Every image name in a pod, in CEL. Checked against Kubernetes 1.36.
+const IMAGES: &str = "(object.spec.containers.map(c, c.?image.orValue(''))
+ + object.spec.?initContainers.orValue([]).map(c, c.?image.orValue(''))
+ + object.spec.?ephemeralContainers.orValue([]).map(c, c.?image.orValue(''))
+ + object.spec.?volumes.orValue([]).map(v, v.?image.?reference.orValue('')))";
+
+/// What is the same in every entry.
+#[derive(Clone, Debug)]
+pub struct EntrySettings {
+    /// Where the API server finds the webhook.
+    pub endpoint: Endpoint,
+    /// What becomes of a pod when the webhook cannot be asked.
+    pub failure_policy: FailurePolicy,
+    /// How long the API server waits for an answer, in seconds (1 to 30).
+    pub timeout_seconds: u8,
+    /// Namespaces that are left out by name.
+    pub excluded_namespaces: Vec<String>,
+}
+
+/// Where the API server finds the webhook.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A Service in the cluster.
+    Service {
+        /// Its namespace.
+        namespace: String,
+        /// Its name.
+        name: String,
+    },
+    /// A URL, for a webhook outside the cluster; without a slash at its end.
+    Url(String),
+}
+
+/// What becomes of a pod when the webhook cannot be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "PascalCase")]
+pub enum FailurePolicy {
+    /// It is refused; its controller tries again.
+    Fail,
+    /// It is let through as it is.
+    Ignore,
+}
+
+impl FailurePolicy {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Fail => "Fail",
+            Self::Ignore => "Ignore",
+        }
+    }
+}
+
+/// The webhook entries for the aliases that hold.
+#[must_use]
+pub fn entries(aliases: &[Alias], ca_bundle: &ByteString, settings: &EntrySettings) -> Vec<MutatingWebhook> {
+    let mut groups: BTreeMap<Group, Vec<&Alias>> = BTreeMap::new();
+    for alias in aliases {
+        groups.entry(alias.group()).or_default().push(alias);
+    }
+    let mut entries = Vec::new();
+    for (group, aliases) in &groups {
+        let mut hosts: Vec<&str> = aliases.iter().flat_map(|a| hosts(a)).collect();
+        hosts.sort_unstable();
+        hosts.dedup();
+        let selector = aliases.first().map(|a| &a.namespace_selector);
+        for (i, hosts) in hosts.chunks(HOSTS_PER_ENTRY).enumerate() {
+            entries.push(entry(group, i, hosts, selector, ca_bundle, settings));
+        }
+    }
+    entries
+}
+
+/// The hosts for which an alias wants to be asked.
+pub fn hosts(alias: &Alias) -> impl Iterator<Item = &str> {
+    let registry = alias.registry().filter(|_| alias.pull_secret == PullSecret::Registry);
+    std::iter::once(alias.host.as_str()).chain(registry.map(|r| r.as_str()))
+}
+
+/// The namespaces of a group: those that its aliases select, less the excluded ones and those that opted out.
+#[must_use]
+pub fn namespace_selector(selector: Option<&LabelSelector>, excluded: &[String]) -> LabelSelector {
+    let mut selector = selector.cloned().unwrap_or_default();
+    let expressions = selector.match_expressions.get_or_insert_default();
+    if !excluded.is_empty() {
+        expressions.push(not_in("kubernetes.io/metadata.name", excluded.to_vec()));
+    }
+    expressions.push(not_in(OPT_OUT, vec![OPT_OUT_VALUE.to_owned()]));
+    selector
+}
+
+fn entry(
+    group: &Group,
+    part: usize,
+    hosts: &[&str],
+    selector: Option<&LabelSelector>,
+    ca_bundle: &ByteString,
+    settings: &EntrySettings,
+) -> MutatingWebhook {
+    let path = format!("/mutate/{group}");
+    let (service, url) = match &settings.endpoint {
+        Endpoint::Service { namespace, name } => (
+            Some(ServiceReference {
+                namespace: namespace.clone(),
+                name: name.clone(),
+                path: Some(path),
+                port: Some(443),
+            }),
+            None,
+        ),
+        Endpoint::Url(base) => (None, Some(format!("{base}{path}"))),
+    };
+    let rule = |resource: &str, operations: &[&str]| RuleWithOperations {
+        api_groups: Some(vec![String::new()]),
+        api_versions: Some(vec!["v1".to_owned()]),
+        operations: Some(operations.iter().map(|o| (*o).to_owned()).collect()),
+        resources: Some(vec![resource.to_owned()]),
+        scope: Some("Namespaced".to_owned()),
+    };
+    MutatingWebhook {
+        name: format!("{group}-{part}.ecr-cname.dev"),
+        admission_review_versions: vec!["v1".to_owned()],
+        client_config: WebhookClientConfig { ca_bundle: Some(ca_bundle.clone()), service, url },
+        failure_policy: Some(settings.failure_policy.as_str().to_owned()),
+        match_conditions: Some(vec![
+            MatchCondition { name: "names-an-alias".to_owned(), expression: names_one_of(hosts) },
+            MatchCondition {
+                name: "is-no-mirror-pod".to_owned(),
+                expression: "!('kubernetes.io/config.mirror' in object.metadata.?annotations.orValue({}))"
+                    .to_owned(),
+            },
+        ]),
+        match_policy: Some("Equivalent".to_owned()),
+        namespace_selector: Some(namespace_selector(selector, &settings.excluded_namespaces)),
+        object_selector: Some(LabelSelector {
+            match_expressions: Some(vec![not_in(OPT_OUT, vec![OPT_OUT_VALUE.to_owned()])]),
+            match_labels: None,
+        }),
+        reinvocation_policy: Some("IfNeeded".to_owned()),
+        rules: Some(vec![rule("pods", &["CREATE", "UPDATE"]), rule("pods/ephemeralcontainers", &["UPDATE"])]),
+        side_effects: "None".to_owned(),
+        timeout_seconds: Some(i32::from(settings.timeout_seconds)),
+    }
+}
+
+/// A CEL expression that holds for a pod that names one of the hosts.
+fn names_one_of(hosts: &[&str]) -> String {
+    // Hosts are of the host grammar, so they need no escapes in CEL.
+    let hosts = hosts.iter().map(|h| format!("'{h}'")).collect::<Vec<_>>().join(", ");
+    format!("{IMAGES}\n.exists(i, i.split('/')[0].lowerAscii() in [{hosts}])")
+}
+
+fn not_in(key: &str, values: Vec<String>) -> LabelSelectorRequirement {
+    LabelSelectorRequirement { key: key.to_owned(), operator: "NotIn".to_owned(), values: Some(values) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{alias, crd::RegistryAlias};
+    use serde_json::json;
+
+    fn aliases(specs: impl IntoIterator<Item = serde_json::Value>) -> Vec<Alias> {
+        let objects: Vec<RegistryAlias> = specs
+            .into_iter()
+            .enumerate()
+            .map(|(i, spec)| {
+                serde_json::from_value(
+                    json!({"apiVersion": "ecr-cname.dev/v1alpha1", "kind": "RegistryAlias",
+                    "metadata": {"name": format!("a{i}")}, "spec": spec}),
+                )
+                .unwrap()
+            })
+            .collect();
+        let accepted = alias::accept(&objects);
+        assert!(accepted.refused.is_empty(), "{:?}", accepted.refused);
+        accepted.aliases
+    }
+
+    fn settings() -> EntrySettings {
+        EntrySettings {
+            endpoint: Endpoint::Service {
+                namespace: "ecr-cname".to_owned(),
+                name: "ecr-cname-webhook".to_owned(),
+            },
+            failure_policy: FailurePolicy::Fail,
+            timeout_seconds: 3,
+            excluded_namespaces: vec!["kube-system".to_owned()],
+        }
+    }
+
+    const REGISTRY: &str = "123456789012.dkr.ecr.us-east-1.amazonaws.com";
+
+    #[test]
+    fn one_entry_for_each_selector_with_the_hosts_that_share_it() {
+        let team = json!({"matchLabels": {"team": "a"}});
+        let aliases = aliases([
+            json!({"host": "B.example.io", "registry": REGISTRY}),
+            json!({"host": "a.example.io", "registry": REGISTRY}),
+            json!({"host": "t.example.io", "registry": REGISTRY, "namespaceSelector": team, "pullSecret": "Registry"}),
+        ]);
+        let entries = entries(&aliases, &ByteString(b"ca".to_vec()), &settings());
+        assert_eq!(entries.len(), 2);
+        let expressions: Vec<_> =
+            entries.iter().map(|e| e.match_conditions.as_ref().unwrap()[0].expression.clone()).collect();
+        assert!(
+            expressions.iter().any(|e| e.ends_with("in ['a.example.io', 'b.example.io'])")),
+            "{expressions:?}"
+        );
+        let both = format!("in ['{REGISTRY}', 't.example.io'])");
+        assert!(expressions.iter().any(|e| e.ends_with(&both)), "{expressions:?}");
+        for (entry, alias) in
+            entries.iter().map(|e| (e, aliases.iter().find(|a| e.name.starts_with(a.group().as_str()))))
+        {
+            let path = format!("/mutate/{}", alias.unwrap().group());
+            assert_eq!(entry.client_config.service.as_ref().unwrap().path.as_deref(), Some(path.as_str()));
+        }
+    }
+
+    #[test]
+    fn a_long_list_of_hosts_is_split() {
+        let aliases =
+            aliases((0..250).map(|i| json!({"host": format!("h{i}.example.io"), "registry": REGISTRY})));
+        let entries = entries(&aliases, &ByteString(vec![]), &settings());
+        assert_eq!(entries.len(), 3);
+        let mut names: Vec<_> = entries.iter().map(|e| e.name.as_str()).collect();
+        names.dedup();
+        assert_eq!(names.len(), 3);
+    }
+}

@@ -1,0 +1,397 @@
+//! The wiring: channels, tasks, readiness and shutdown. Nothing else knows of all the parts.
+
+use std::{future::pending, net::TcpListener, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, anyhow};
+use arc_swap::ArcSwap;
+use jiff::SignedDuration;
+use k8s_openapi::api::{admissionregistration::v1::MutatingWebhookConfiguration, core::v1::Secret};
+use kube::{
+    Api, Client, Config,
+    runtime::events::{Recorder, Reporter},
+};
+use prometheus_client::registry::Registry;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    admin::{self, Readiness},
+    args::{CertificateMode, CleanupArgs, ControllerArgs, Process, WebhookArgs},
+    dns::{self, Dns},
+    ecr::Ecr,
+    issuer, lease,
+    matching::{Endpoint, EntrySettings},
+    metrics, registration, secrets,
+    serving_cert::ServingCert,
+    status,
+    table::AliasTable,
+    tokens::{self, TokenMetrics},
+    watch::{Aliases, bounded, follow_aliases, follow_one},
+    webhook::{self, Limits, Webhook},
+};
+
+/// The tasks of the process. One that ends before its time ends the process.
+struct Tasks {
+    set: JoinSet<(&'static str, anyhow::Result<()>)>,
+    shutdown: CancellationToken,
+}
+
+impl Tasks {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.try_spawn(name, async {
+            task.await;
+            Ok(())
+        });
+    }
+
+    fn try_spawn(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) {
+        self.set.spawn(async move { (name, task.await) });
+    }
+
+    /// A task that has nothing to finish at shutdown.
+    fn spawn_until_shutdown(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        let shutdown = self.shutdown.clone();
+        self.spawn(name, async move {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = task => {}
+            }
+        });
+    }
+}
+
+/// Runs the webhook, the controller, or both, until a signal.
+///
+/// # Errors
+/// Something could not be started, or a task died.
+pub async fn run(
+    process: Process,
+    webhook: Option<WebhookArgs>,
+    controller: Option<ControllerArgs>,
+) -> anyhow::Result<()> {
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        webhook = webhook.is_some(),
+        controller = controller.is_some(),
+        namespace = process.namespace,
+        "starting"
+    );
+    let client = client().await?;
+    let readiness = Readiness::default();
+    let mut registry = metrics::registry();
+    let mut tasks = Tasks { set: JoinSet::new(), shutdown: CancellationToken::new() };
+
+    let table = Arc::new(ArcSwap::from_pointee(AliasTable::default()));
+    let (aliases_send, aliases) = watch::channel(Arc::new(Aliases::default()));
+    let gate = readiness.gate("the aliases");
+    tasks.spawn_until_shutdown(
+        "alias watch",
+        follow_aliases(client.clone(), aliases_send, table.clone(), gate),
+    );
+
+    let (certificate_send, certificate) = watch::channel(None::<Arc<Secret>>);
+    let api: Api<Secret> = Api::namespaced(client.clone(), &process.namespace);
+    let (name, gate) = (process.certificate_secret.clone(), readiness.gate("the certificate's Secret"));
+    tasks.spawn_until_shutdown("certificate watch", async move {
+        follow_one(api, &name, certificate_send, gate).await;
+    });
+
+    if let Some(args) = webhook {
+        start_webhook(&process, args, table, certificate.clone(), &readiness, &mut registry, &mut tasks)?;
+    }
+    if let Some(args) = controller {
+        start_controller(&process, args, client, aliases, certificate, &readiness, &mut registry, &mut tasks)
+            .await?;
+    }
+    let listener = listen(process.admin_listen, "the admin port (--admin-listen)")?;
+    let admin = admin::serve(listener, readiness.clone(), Arc::new(registry), tasks.shutdown.clone());
+    tasks.try_spawn("admin server", async { admin.await.context("the admin server failed") });
+    supervise(tasks, &readiness, &process).await
+}
+
+fn start_webhook(
+    process: &Process,
+    args: WebhookArgs,
+    table: Arc<ArcSwap<AliasTable>>,
+    certificate: watch::Receiver<Option<Arc<Secret>>>,
+    readiness: &Readiness,
+    registry: &mut Registry,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let serving = ServingCert::new(registry);
+    let gate = readiness.gate("a serving certificate");
+    tasks.spawn_until_shutdown("serving certificate", serving.clone().follow(certificate, gate));
+    let settings = webhook::Settings {
+        pull_secret: process.pull_secret.clone(),
+        audit: args.audit,
+        failure_policy: process.failure_policy,
+    };
+    let limits =
+        Limits { body: args.max_body, concurrency: args.max_concurrency, time: args.request_timeout };
+    let webhook = Webhook::new(table, settings, limits, registry);
+    let listener = listen(args.listen, "the webhook (--listen)")?;
+    let tls = serving.server_config().context("TLS cannot be set up")?;
+    let serve = webhook::serve(listener, tls, webhook, tasks.shutdown.clone(), process.drain);
+    tasks.try_spawn("webhook server", async { serve.await.context("the webhook server failed") });
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn start_controller(
+    process: &Process,
+    args: ControllerArgs,
+    client: Client,
+    aliases: watch::Receiver<Arc<Aliases>>,
+    certificate: watch::Receiver<Option<Arc<Secret>>>,
+    readiness: &Readiness,
+    registry: &mut Registry,
+    tasks: &mut Tasks,
+) -> anyhow::Result<()> {
+    let (leading_send, leading) = watch::channel(false);
+    let settings = lease::Settings {
+        name: args.lease.clone(),
+        holder: format!("{}_{:08x}", process.pod_name, fastrand::u32(..)),
+        duration: args.lease_duration,
+    };
+    let election = lease::Election::new(client.clone(), &process.namespace, settings, leading_send, registry);
+    tasks.spawn("leader election", election.run(tasks.shutdown.clone()));
+
+    let (configuration_send, configuration) = watch::channel(None::<Arc<MutatingWebhookConfiguration>>);
+    let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
+    let (name, gate) =
+        (args.webhook_configuration.clone(), readiness.gate("the MutatingWebhookConfiguration"));
+    tasks.spawn_until_shutdown("webhook configuration watch", async move {
+        follow_one(api, &name, configuration_send, gate).await;
+    });
+
+    let leader = Leader {
+        client,
+        ecr: Arc::new(Ecr::from_env().await.context("AWS cannot be set up")?),
+        dns: Dns::new(args.dns_server).context("DNS cannot be set up")?,
+        process: process.clone(),
+        args,
+        aliases,
+        certificate,
+        configuration,
+        token_metrics: TokenMetrics::new(registry),
+        secret_metrics: secrets::SecretMetrics::new(registry),
+    };
+    tasks.spawn_until_shutdown("leader", leader.lead_while(leading));
+    Ok(())
+}
+
+/// What the leader needs to act.
+struct Leader {
+    client: Client,
+    ecr: Arc<Ecr>,
+    dns: Dns,
+    process: Process,
+    args: ControllerArgs,
+    aliases: watch::Receiver<Arc<Aliases>>,
+    certificate: watch::Receiver<Option<Arc<Secret>>>,
+    configuration: watch::Receiver<Option<Arc<MutatingWebhookConfiguration>>>,
+    token_metrics: TokenMetrics,
+    secret_metrics: secrets::SecretMetrics,
+}
+
+impl Leader {
+    /// Acts while `leading` says so. What is under way when it no longer does is dropped on the spot.
+    async fn lead_while(self, mut leading: watch::Receiver<bool>) {
+        loop {
+            if leading.wait_for(|leads| *leads).await.is_err() {
+                return;
+            }
+            let lost = leading.clone();
+            let lost = async move {
+                let mut lost = lost;
+                // An election that is gone has lost, too.
+                let _ = lost.wait_for(|leads| !*leads).await;
+            };
+            tokio::select! {
+                () = lost => warn!("not the leader any more"),
+                () = self.lead() => return,
+            }
+        }
+    }
+
+    /// Acts as the leader. Each part follows what the others publish; none calls another.
+    async fn lead(&self) {
+        let (answers_send, answers) = watch::channel(Arc::default());
+        let (tokens_send, tokens) = watch::channel(Arc::default());
+        let (summary_send, summary) = watch::channel(Arc::default());
+        let (registered_send, registered) = watch::channel(Arc::default());
+        let reporter =
+            Reporter { controller: "ecr-cname".into(), instance: Some(self.process.pod_name.clone()) };
+        let recorder = Recorder::new(self.client.clone(), reporter);
+        let mut excluded_namespaces = self.args.exclude_namespaces.clone();
+        if !excluded_namespaces.contains(&self.process.namespace) {
+            excluded_namespaces.push(self.process.namespace.clone());
+        }
+        excluded_namespaces.retain(|name| !name.is_empty());
+
+        let bounds =
+            dns::Bounds { min: self.args.dns_min_ttl, max: self.args.dns_max_ttl.max(self.args.dns_min_ttl) };
+        let dns = dns::keep(self.dns.clone(), bounds, self.aliases.clone(), answers_send);
+        let tokens_kept =
+            tokens::keep(self.ecr.clone(), self.aliases.clone(), tokens_send, self.token_metrics.clone());
+        let secrets = secrets::keep(
+            self.client.clone(),
+            secrets::Settings {
+                name: self.process.pull_secret.clone(),
+                excluded_namespaces: excluded_namespaces.clone(),
+            },
+            self.aliases.clone(),
+            tokens.clone(),
+            summary_send,
+            recorder.clone(),
+            self.secret_metrics.clone(),
+        );
+        let registration = registration::keep(
+            self.client.clone(),
+            self.args.webhook_configuration.clone(),
+            EntrySettings {
+                endpoint: self.endpoint(),
+                failure_policy: self.process.failure_policy,
+                timeout_seconds: self.args.webhook_timeout,
+                excluded_namespaces,
+            },
+            self.aliases.clone(),
+            self.certificate.clone(),
+            self.configuration.clone(),
+            registered_send,
+        );
+        let sources = status::Sources { aliases: self.aliases.clone(), answers, tokens, summary, registered };
+        let status = status::keep(self.client.clone(), sources, recorder);
+        tokio::select! {
+            () = dns => {}
+            () = tokens_kept => {}
+            () = secrets => {}
+            () = registration => {}
+            () = status => {}
+            () = self.issue() => {}
+        }
+    }
+
+    fn endpoint(&self) -> Endpoint {
+        match &self.args.webhook_url {
+            Some(url) => Endpoint::Url(url.base.clone()),
+            None => Endpoint::Service {
+                namespace: self.process.namespace.clone(),
+                name: self.args.webhook_service.clone(),
+            },
+        }
+    }
+
+    async fn issue(&self) {
+        if self.args.certificate == CertificateMode::External {
+            return pending().await;
+        }
+        let service = format!("{}.{}.svc", self.args.webhook_service, self.process.namespace);
+        let settings = issuer::Settings {
+            secret: self.process.certificate_secret.clone(),
+            names: match &self.args.webhook_url {
+                Some(url) => vec![url.host.clone()],
+                None => vec![service],
+            },
+            lifetime: SignedDuration::try_from(self.args.certificate_lifetime)
+                .unwrap_or(SignedDuration::from_hours(2160)),
+            overlap: self.args.certificate_overlap,
+        };
+        let namespace = self.process.namespace.clone();
+        issuer::keep(
+            self.client.clone(),
+            namespace,
+            settings,
+            self.certificate.clone(),
+            self.configuration.clone(),
+        )
+        .await;
+    }
+}
+
+/// Waits for a signal or for a task to die; then stops everything within its bounds.
+async fn supervise(mut tasks: Tasks, readiness: &Readiness, process: &Process) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("signals cannot be handled")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("signals cannot be handled")?;
+    let died = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        ended = tasks.set.join_next() => Some(obituary(ended)),
+    };
+    readiness.stop();
+    if died.is_none() {
+        info!(delay_s = process.shutdown_delay.as_secs(), "shutting down: not ready any more");
+        tokio::select! {
+            () = tokio::time::sleep(process.shutdown_delay) => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    }
+    tasks.shutdown.cancel();
+    let drained = async { while tasks.set.join_next().await.is_some() {} };
+    tokio::select! {
+        () = drained => info!("stopped"),
+        () = tokio::time::sleep(process.drain + Duration::from_secs(5)) => warn!("stopped before everything had finished"),
+        _ = terminate.recv() => warn!("stopped at once, by a second signal"),
+        _ = interrupt.recv() => warn!("stopped at once, by a second signal"),
+    }
+    died.map_or(Ok(()), Err)
+}
+
+fn obituary(
+    ended: Option<Result<(&'static str, anyhow::Result<()>), tokio::task::JoinError>>,
+) -> anyhow::Error {
+    match ended {
+        Some(Ok((name, Err(error)))) => error.context(format!("the task {name:?} died")),
+        Some(Ok((name, Ok(())))) => anyhow!("the task {name:?} ended before its time"),
+        Some(Err(panic)) => anyhow!("a task died: {panic}"),
+        None => anyhow!("there is nothing to do"),
+    }
+}
+
+/// Deletes every pull secret and webhook entry that is ours.
+///
+/// # Errors
+/// The API server cannot be reached, or refuses.
+pub async fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
+    let client = client().await?;
+    let removed = registration::remove_all(&client, &args.webhook_configuration)
+        .await
+        .with_context(|| format!("the entries of {:?} cannot be removed", args.webhook_configuration))?;
+    let deleted = secrets::delete_all(&client, &args.pull_secret)
+        .await
+        .with_context(|| format!("the pull secrets {:?} cannot be deleted", args.pull_secret))?;
+    info!(webhook_entries = removed, pull_secrets = deleted, "cleaned up");
+    Ok(())
+}
+
+async fn client() -> anyhow::Result<Client> {
+    let mut config = Config::infer()
+        .await
+        .context("no way to the API server: run in a cluster, or set KUBECONFIG to a kubeconfig file")?;
+    config.connect_timeout = Some(Duration::from_secs(5));
+    let client = Client::try_from(config).context("the client of the API server cannot be set up")?;
+    match bounded(client.apiserver_version()).await {
+        Ok(version) => info!(kubernetes = version.git_version, "reached the API server"),
+        // It may come up later; every watch tries again by itself.
+        Err(error) => warn!(error = %crate::watch::chain(&error), "the API server cannot be reached yet"),
+    }
+    Ok(client)
+}
+
+fn listen(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
+    let listener =
+        TcpListener::bind(address).with_context(|| format!("cannot listen on {address} for {what}"))?;
+    listener.set_nonblocking(true)?;
+    info!(address = %listener.local_addr()?, "listening for {what}");
+    Ok(listener)
+}

@@ -1,0 +1,157 @@
+//! Watches: objects of the API server, followed into state that others read.
+
+use std::{collections::BTreeMap, fmt::Debug, pin::pin, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use futures::TryStreamExt as _;
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    core::DeserializeGuard,
+    runtime::{WatchStreamExt as _, watcher},
+};
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tracing::{debug, error, warn};
+
+use crate::{
+    admin::Gate,
+    alias::{Accepted, accept},
+    crd::RegistryAlias,
+    table::AliasTable,
+};
+
+/// After how long without a word a watch is given up and begun anew, in seconds. A connection that died silently is
+/// noticed 5 seconds after that.
+const WATCH_TIMEOUT: u32 = 120;
+
+/// How long a single call to the API server may take.
+const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What a watch says.
+#[derive(Debug)]
+pub enum Change<K> {
+    /// These are all the objects there are: said first, and again whenever the watch had to start over.
+    All(Vec<K>),
+    /// This object is new or has changed.
+    Applied(K),
+    /// This object is gone.
+    Deleted(K),
+}
+
+/// Follows objects for ever. Errors are logged and tried again with back-off; nothing is said until a list is whole.
+pub async fn follow<K>(api: Api<K>, config: watcher::Config, mut on_change: impl FnMut(Change<K>))
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+    K::DynamicType: Default,
+{
+    let kind = K::kind(&K::DynamicType::default()).into_owned();
+    let mut events = pin!(watcher(api, config.timeout(WATCH_TIMEOUT)).default_backoff());
+    let mut initial = Vec::new();
+    loop {
+        match events.try_next().await {
+            Ok(Some(watcher::Event::Init)) => initial.clear(),
+            Ok(Some(watcher::Event::InitApply(object))) => initial.push(object),
+            Ok(Some(watcher::Event::InitDone)) => {
+                debug!(%kind, objects = initial.len(), "watch synced");
+                on_change(Change::All(std::mem::take(&mut initial)));
+            }
+            Ok(Some(watcher::Event::Apply(object))) => on_change(Change::Applied(object)),
+            Ok(Some(watcher::Event::Delete(object))) => on_change(Change::Deleted(object)),
+            Ok(None) => return,
+            Err(error) => warn!(%kind, error = %chain(&error), "watch failed; trying again"),
+        }
+    }
+}
+
+/// Follows the one object of a name: `None` while it does not exist. `gate` opens when that is known.
+pub async fn follow_one<K>(api: Api<K>, name: &str, state: watch::Sender<Option<Arc<K>>>, gate: Gate)
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+    K::DynamicType: Default,
+{
+    let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
+    follow(api, config, |change| {
+        state.send_replace(match change {
+            Change::All(objects) => objects.into_iter().next().map(Arc::new),
+            Change::Applied(object) => Some(Arc::new(object)),
+            Change::Deleted(_) => None,
+        });
+        gate.open();
+    })
+    .await;
+}
+
+/// The `RegistryAlias` objects of the cluster, and what they come to.
+#[derive(Debug, Default)]
+pub struct Aliases {
+    /// Every object, by name.
+    pub objects: BTreeMap<String, Arc<RegistryAlias>>,
+    /// The aliases that hold, and those that do not.
+    pub accepted: Accepted,
+}
+
+/// Follows the aliases into `state`, and into the table that admissions are decided with.
+pub async fn follow_aliases(
+    client: Client,
+    state: watch::Sender<Arc<Aliases>>,
+    table: Arc<ArcSwap<AliasTable>>,
+    gate: Gate,
+) {
+    let mut objects: BTreeMap<String, Arc<RegistryAlias>> = BTreeMap::new();
+    // One object that an older or newer version of the schema let through must not blind us to the others.
+    let api: Api<DeserializeGuard<RegistryAlias>> = Api::all(client);
+    let valid = |guard: DeserializeGuard<RegistryAlias>| match guard.0 {
+        Ok(alias) => Some((alias.name_any(), Arc::new(alias))),
+        Err(invalid) => {
+            let name = invalid.metadata.name.unwrap_or_default();
+            error!(alias = name, error = %invalid.error, "ignoring a RegistryAlias that cannot be read");
+            None
+        }
+    };
+    follow(api, watcher::Config::default(), |change| {
+        match change {
+            Change::All(all) => objects = all.into_iter().filter_map(valid).collect(),
+            Change::Applied(guard) => {
+                let name = guard.name_any();
+                match valid(guard) {
+                    Some((name, alias)) => objects.insert(name, alias),
+                    None => objects.remove(&name),
+                };
+            }
+            Change::Deleted(guard) => {
+                objects.remove(&guard.name_any());
+            }
+        }
+        let accepted = accept(objects.values().map(Arc::as_ref));
+        if accepted.aliases != state.borrow().accepted.aliases {
+            table.store(Arc::new(AliasTable::new(&accepted.aliases)));
+        }
+        state.send_replace(Arc::new(Aliases { objects: objects.clone(), accepted }));
+        gate.open();
+    })
+    .await;
+}
+
+/// A call to the API server with a bound on its time.
+///
+/// # Errors
+/// What the call says, or that it took too long.
+pub async fn bounded<T>(call: impl Future<Output = kube::Result<T>>) -> kube::Result<T> {
+    tokio::time::timeout(CALL_TIMEOUT, call)
+        .await
+        .unwrap_or_else(|elapsed| Err(kube::Error::Service(Box::new(elapsed))))
+}
+
+/// An error with its causes, in one line, each said once.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}

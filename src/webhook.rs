@@ -1,0 +1,309 @@
+//! The webhook: HTTPS in front of the decision. Body → [`review::parse`] → [`mutate`] → answer.
+//!
+//! Nothing on this path asks the network, takes a lock or knows of AWS.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use axum::{
+    Router,
+    body::Body,
+    extract::{Path, State},
+    http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE},
+    response::{IntoResponse, Response},
+    routing::post,
+};
+use axum_server::tls_rustls::RustlsConfig;
+use hyper_util::rt::TokioTimer;
+use prometheus_client::{
+    encoding::{EncodeLabelSet, EncodeLabelValue},
+    metrics::{
+        counter::Counter,
+        family::Family,
+        histogram::{Histogram, exponential_buckets},
+    },
+    registry::Registry,
+};
+use rustls::ServerConfig;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::{
+    matching::FailurePolicy,
+    mutate::{Mutation, Verdict, mutate},
+    review::{self, Operation, Request},
+    table::AliasTable,
+};
+
+/// How the webhook answers.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The name of the pull secret.
+    pub pull_secret: String,
+    /// Count, log and warn, but patch nothing.
+    pub audit: bool,
+    /// What the API server does when it cannot ask; decides how a pod of an unresolved alias is answered.
+    pub failure_policy: FailurePolicy,
+}
+
+/// What a client may take of the webhook.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The most bytes of one body.
+    pub body: usize,
+    /// The most requests at one time; further ones wait.
+    pub concurrency: usize,
+    /// The most time for one request, its body included.
+    pub time: Duration,
+}
+
+/// The webhook.
+#[derive(Debug)]
+pub struct Webhook {
+    table: Arc<ArcSwap<AliasTable>>,
+    settings: Settings,
+    limits: Limits,
+    permits: Semaphore,
+    metrics: Metrics,
+}
+
+/// An answer: a status and a JSON body, or a status and the text of an error.
+type Answer = Result<Vec<u8>, (StatusCode, String)>;
+
+impl Webhook {
+    /// A webhook that decides with what `table` holds at the time.
+    #[must_use]
+    pub fn new(
+        table: Arc<ArcSwap<AliasTable>>,
+        settings: Settings,
+        limits: Limits,
+        registry: &mut Registry,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            table,
+            settings,
+            permits: Semaphore::new(limits.concurrency),
+            limits,
+            metrics: Metrics::new(registry),
+        })
+    }
+
+    /// The routes: `POST /mutate/GROUP`.
+    #[must_use]
+    pub fn router(self: Arc<Self>) -> Router {
+        Router::new().route("/mutate/{group}", post(admit)).with_state(self)
+    }
+
+    /// Answers one request body that came for a group of aliases.
+    ///
+    /// # Errors
+    /// A 4xx status with a text that says what is wrong with the body.
+    pub fn answer(&self, group: &str, body: &[u8]) -> Answer {
+        let started = Instant::now();
+        let (outcome, answer) = match review::parse(body) {
+            Ok(request) => {
+                let (outcome, answer) = self.decide(group, &request);
+                (outcome, Ok(answer))
+            }
+            Err(error) => (Outcome::BadRequest, Err((StatusCode::BAD_REQUEST, error.to_string()))),
+        };
+        self.metrics.admissions.get_or_create(&Labels { outcome }).inc();
+        self.metrics.latency.observe(started.elapsed().as_secs_f64());
+        answer
+    }
+
+    fn decide(&self, group: &str, request: &Request<'_>) -> (Outcome, Vec<u8>) {
+        let table = self.table.load();
+        let Some(hosts) = table.group(group) else {
+            // The API server knows an alias that we do not know yet, or no longer. Only a new pod may be refused.
+            if request.operation != Operation::Create {
+                return (Outcome::Untouched, review::allow(&request.uid, None, None));
+            }
+            return self.refuse(
+                request,
+                format!("group {group} of registry aliases is not known to this replica yet; try again"),
+            );
+        };
+        match mutate(request, hosts, &self.settings.pull_secret) {
+            Verdict::Untouched => (Outcome::Untouched, review::allow(&request.uid, None, None)),
+            Verdict::Unresolved { alias, image } => self.refuse(
+                request,
+                format!(
+                    "{}: image {:?} names RegistryAlias {alias:?}, whose registry is not resolved: \
+                     see the condition Resolved in `kubectl describe registryalias {alias}`",
+                    field(&image),
+                    image.reference
+                ),
+            ),
+            Verdict::Mutate(mutation) if self.settings.audit => {
+                let warning = audit_warning(&mutation);
+                info!(pod = %PodName(request), warning, "audit: a pod would be rewritten");
+                (Outcome::Audited, review::allow(&request.uid, None, Some(&warning)))
+            }
+            Verdict::Mutate(mutation) => {
+                debug!(pod = %PodName(request), images = mutation.edits.len(), "rewritten");
+                (Outcome::Rewritten, review::allow(&request.uid, Some(&mutation), None))
+            }
+        }
+    }
+
+    /// Refuses a pod that would otherwise stay in `ErrImagePull` for ever; its controller tries again. Where the user
+    /// prefers `Ignore`, or only audits, it passes with a warning.
+    fn refuse(&self, request: &Request<'_>, message: String) -> (Outcome, Vec<u8>) {
+        let message = format!("ecr-cname: {message}");
+        if self.settings.audit || self.settings.failure_policy == FailurePolicy::Ignore {
+            warn!(pod = %PodName(request), message, "let through");
+            return (Outcome::Unresolved, review::allow(&request.uid, None, Some(&warning(&message))));
+        }
+        warn!(pod = %PodName(request), message, "refused");
+        (Outcome::Denied, review::deny(&request.uid, 503, "ServiceUnavailable", &message))
+    }
+}
+
+/// Serves the webhook until `shutdown`, then lets requests under way finish for at most `drain`.
+///
+/// # Errors
+/// The listener failed.
+pub async fn serve(
+    listener: TcpListener,
+    tls: ServerConfig,
+    webhook: Arc<Webhook>,
+    shutdown: CancellationToken,
+    drain: Duration,
+) -> io::Result<()> {
+    let handle = axum_server::Handle::<SocketAddr>::new();
+    let time = webhook.limits.time;
+    let mut server = axum_server::from_tcp_rustls(listener, RustlsConfig::from_config(Arc::new(tls)))?
+        .handle(handle.clone());
+    server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(time);
+    server
+        .http_builder()
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(250)
+        .keep_alive_interval(Duration::from_secs(30));
+    let stop = async {
+        shutdown.cancelled().await;
+        handle.graceful_shutdown(Some(drain));
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        result = server.serve(webhook.router().into_make_service()) => result,
+        () = stop => Ok(()),
+    }
+}
+
+async fn admit(
+    State(webhook): State<Arc<Webhook>>,
+    Path(group): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let answer = tokio::time::timeout(webhook.limits.time, async {
+        if !is_json(headers.get(CONTENT_TYPE)) {
+            return Err((
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                "expected Content-Type: application/json".to_owned(),
+            ));
+        }
+        let busy = |_| (StatusCode::SERVICE_UNAVAILABLE, "shutting down".to_owned());
+        let _permit = webhook.permits.acquire().await.map_err(busy)?;
+        let limit = webhook.limits.body;
+        let body = axum::body::to_bytes(body, limit).await.map_err(|e| {
+            (StatusCode::PAYLOAD_TOO_LARGE, format!("cannot read a body of at most {limit} bytes: {e}"))
+        })?;
+        webhook.answer(&group, &body)
+    })
+    .await;
+    let slow = |_| {
+        let text = format!("the request did not arrive within {} s", webhook.limits.time.as_secs());
+        Err((StatusCode::REQUEST_TIMEOUT, text))
+    };
+    match answer.unwrap_or_else(slow) {
+        Ok(json) => ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response(),
+        Err((status, text)) => (status, format!("{text}\n")).into_response(),
+    }
+}
+
+fn is_json(content_type: Option<&HeaderValue>) -> bool {
+    content_type
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.split(';').next())
+        .is_some_and(|v| v.trim().eq_ignore_ascii_case("application/json"))
+}
+
+fn audit_warning(mutation: &Mutation<'_>) -> String {
+    let images: Vec<_> =
+        mutation.edits.iter().map(|e| format!("{} -> {}", e.image.reference, e.new)).collect();
+    warning(&format!("ecr-cname (audit): would rewrite {}", images.join(", ")))
+}
+
+/// The API server cuts a warning off at 256 characters: <https://pkg.go.dev/k8s.io/api/admission/v1#AdmissionResponse>.
+fn warning(text: &str) -> String {
+    if text.chars().count() <= 256 {
+        text.to_owned()
+    } else {
+        text.chars().take(255).chain(['…']).collect()
+    }
+}
+
+fn field(image: &review::Image<'_>) -> String {
+    format!("spec.{}[{}]", image.list.field(), image.index)
+}
+
+/// A pod's name for the log, as far as it is known.
+struct PodName<'a>(&'a Request<'a>);
+
+impl std::fmt::Display for PodName<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = |t: &Option<review::Text<'_>>| t.as_ref().map_or("", review::Text::as_str).to_owned();
+        write!(f, "{}/{}", text(&self.0.namespace), text(&self.0.name))
+    }
+}
+
+#[derive(Debug)]
+struct Metrics {
+    admissions: Family<Labels, Counter>,
+    latency: Histogram,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Labels {
+    outcome: Outcome,
+}
+
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq, EncodeLabelValue)]
+enum Outcome {
+    Rewritten,
+    Untouched,
+    Audited,
+    Denied,
+    Unresolved,
+    BadRequest,
+}
+
+impl Metrics {
+    fn new(registry: &mut Registry) -> Self {
+        let metrics = Self {
+            admissions: Family::default(),
+            latency: Histogram::new(exponential_buckets(0.000_01, 2.0, 16)),
+        };
+        registry.register(
+            "admissions",
+            "Admission requests answered, by what came of them",
+            metrics.admissions.clone(),
+        );
+        registry.register(
+            "admission_duration_seconds",
+            "Time to decide on a request, from its whole body to the whole answer",
+            metrics.latency.clone(),
+        );
+        metrics
+    }
+}
