@@ -77,6 +77,12 @@ pub struct RegistryAliasSpec {
 
     /// The namespaces in which the name holds and which get the pull secret. Default: every namespace.
     #[serde(default)]
+    #[x_kube(
+        validation = Rule::new("!has(self.matchExpressions) || self.matchExpressions.all(e, e.operator in ['In', 'NotIn', 'Exists', 'DoesNotExist'])")
+            .message("an operator of a namespaceSelector is In, NotIn, Exists or DoesNotExist"),
+        validation = Rule::new("!has(self.matchExpressions) || self.matchExpressions.all(e, (e.operator in ['In', 'NotIn']) == (has(e.values) && size(e.values) > 0))")
+            .message("In and NotIn need values, Exists and DoesNotExist take none")
+    )]
     pub namespace_selector: LabelSelector,
 
     /// The identity that asks for the token. Default: the operator's own.

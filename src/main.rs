@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 use ecr_cname::{
     args::{Cli, Command, LogArgs},
-    run, telemetry,
+    offline, run, telemetry,
 };
 
 fn main() -> ExitCode {
@@ -34,7 +34,9 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Cleanup { cleanup } => {
             serve(&cleanup.log.clone(), async move { run::cleanup(&cleanup).await })
         }
-        Command::Rewrite(_) | Command::Resolve(_) | Command::Crd => Ok(ExitCode::SUCCESS),
+        Command::Rewrite(args) => Ok(offline::rewrite(&args)),
+        Command::Resolve(args) => Ok(offline::resolve(&args)),
+        Command::Crd => offline::crd(),
     }
 }
 

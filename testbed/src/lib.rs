@@ -1,0 +1,40 @@
+//! What the tests and the demo of ecr-cname run against: a real Kubernetes control plane, and stand-ins
+//! that speak the real protocols of AWS and DNS to the real clients.
+//!
+//! Nothing in here mocks the API server. What is stood in for is only what cannot run on a developer's
+//! machine, and every stand-in is proven with the client that production uses.
+//!
+//! # Layout
+//!
+//! - [`binaries`]: kube-apiserver, etcd and kubectl, built once from Go modules
+//! - [`process`]: a child process that cannot outlive us
+//! - [`controlplane`]: etcd and kube-apiserver, started in seconds, stopped and restarted at will
+//! - [`aws`]: STS and ECR
+//! - [`dns`]: a DNS server whose zone is changed while it runs
+//! - [`operator`]: the real operator, started as a user would start it
+//!
+//! Everything here may be kept in a `static` and shared by tests that each have a runtime of their own:
+//! nothing is bound to the runtime that started it, and nothing stays behind when the process ends.
+
+pub mod aws;
+pub mod binaries;
+pub mod controlplane;
+pub mod dns;
+pub mod operator;
+pub mod process;
+
+mod background;
+mod kubeconfig;
+mod pki;
+mod ports;
+mod random;
+mod run_dir;
+mod workspace;
+
+pub use workspace::testbed_dir;
+
+/// Makes aws-lc-rs the TLS provider of this process, if none was chosen before.
+pub fn install_crypto_provider() {
+    // An error says that a provider is installed already, which is all that is wanted.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}

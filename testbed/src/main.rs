@@ -1,0 +1,99 @@
+//! `cargo testbed`: a control plane and an AWS stand-in to try things on by hand.
+
+mod demo;
+
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::{Parser, Subcommand};
+use testbed::aws::AwsStandIn;
+use testbed::controlplane::ControlPlane;
+use testbed::operator::{ROLE, SUBJECT};
+use testbed::testbed_dir;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A real Kubernetes control plane and a stand-in for AWS, on this machine.
+#[derive(Parser)]
+#[command(name = "testbed")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Start both, and keep them until Ctrl-C.
+    Up,
+    /// Show the main job: an alias, a pod with the friendly name, and what the API server stores.
+    Demo {
+        /// Leave everything running until Ctrl-C, and print commands to try.
+        #[arg(long)]
+        keep: bool,
+    },
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Up => until_interrupted(hold()).await,
+        Command::Demo { keep } => until_interrupted(demo::demo(keep)).await,
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("testbed: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn until_interrupted(work: impl Future<Output = Result<()>>) -> Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        result = work => result,
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// Starts everything, and never returns unless that fails.
+async fn hold() -> Result<()> {
+    eprintln!("testbed: starting the control plane");
+    let control_plane = ControlPlane::start().await?;
+    let aws = AwsStandIn::start(control_plane.issuer())?;
+    aws.role(ROLE).trusts_subject(SUBJECT);
+    let credentials = aws.issue_credentials(ROLE, Duration::from_secs(7 * 24 * 60 * 60))?;
+
+    let (kubeconfig, env) = (testbed_dir().join("kubeconfig"), testbed_dir().join("env"));
+    write_private(&kubeconfig, &fs::read_to_string(control_plane.kubeconfig())?)?;
+    let mut exports = format!("export KUBECONFIG='{}'\n", kubeconfig.display());
+    for (name, value) in aws.env_credentials(&credentials) {
+        exports.push_str(&format!("export {name}='{value}'\n"));
+    }
+    write_private(&env, &exports)?;
+
+    println!("The API server is at {}, AWS at {}.", control_plane.url(), aws.url());
+    println!("Logs are in {}.", control_plane.dir().display());
+    println!();
+    println!("In another terminal:");
+    println!();
+    println!("    . '{}'", env.display());
+    println!("    kubectl get namespaces");
+    println!();
+    println!("Ctrl-C ends all of it.");
+    std::future::pending().await
+}
+
+/// Both files hold credentials, if only of things that run on this machine.
+fn write_private(path: &Path, contents: &str) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    let options = fs::File::options().write(true).create(true).truncate(true).mode(0o600).clone();
+    let written = options.open(path).and_then(|mut file| file.write_all(contents.as_bytes()));
+    written.with_context(|| format!("cannot write {}", path.display()))
+}

@@ -1,0 +1,14 @@
+//! The tests: behaviour at the seams that a user sees, on a real API server wherever one is involved.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod admission;
+mod aliases;
+mod cluster;
+mod faults;
+mod generated;
+mod offline;
+mod pods;
+mod roles;
+mod secrets;
+mod wire;
