@@ -9,7 +9,7 @@ use crate::{matching::FailurePolicy, telemetry::LogFormat};
 
 /// Your own name for your ECR registry, everywhere in a Kubernetes cluster.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110)]
+#[command(version, about, max_term_width = 110, args_override_self = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -25,8 +25,8 @@ use crate::{
 
 /// How many CNAMEs are followed from one host.
 const MAX_HOPS: usize = 8;
-/// The pause after a failure doubles from the shortest to this.
-const MAX_FAILURE_PAUSE: Duration = Duration::from_secs(60);
+/// The pause after a failure doubles from [`Bounds::min`] to this many times it.
+const MAX_BACKOFF: u32 = 4;
 
 /// How often a host is looked up: as the answer's TTL says, within these bounds.
 #[derive(Clone, Copy, Debug)]
@@ -203,10 +203,9 @@ pub async fn keep(
             let before = schedule.get(&key(alias)).map_or(0, |s| s.failures);
             let (pause, failures) = match &result {
                 Ok((_, ttl)) => ((*ttl).clamp(bounds.min, bounds.max), 0),
-                Err(_) => {
-                    let pause = bounds.min.saturating_mul(2u32.saturating_pow(before.min(16)));
-                    (pause.min(MAX_FAILURE_PAUSE.max(bounds.min)), before + 1)
-                }
+                Err(Problem::Failed { .. }) => (bounds.min * 2u32.pow(before.min(8)).min(MAX_BACKOFF), before + 1),
+                // DNS answers, if not what is wanted.
+                Err(_) => (bounds.min, 0),
             };
             let at = Instant::now() + pause;
             schedule.insert(key(alias), Schedule { at, failures, target: alias.target.clone() });

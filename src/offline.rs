@@ -10,12 +10,12 @@ use std::{
     process::ExitCode,
 };
 
-use kube::CustomResourceExt as _;
+use kube::{CustomResourceExt as _, Resource as _};
 
 use crate::{
     alias::accept,
     args::{ResolveArgs, RewriteArgs},
-    crd::RegistryAlias,
+    crd::{RegistryAlias, RegistryAliasSpec},
     image::ImageRef,
     manifest,
     table::{HostTable, Rule},
@@ -180,19 +180,7 @@ fn read_aliases(path: &Path) -> Result<HostTable, BadInput> {
             value => vec![value],
         };
         for item in items {
-            let kind = item.get("kind").and_then(|k| k.as_str()).unwrap_or("no kind");
-            if kind != "RegistryAlias" {
-                return Err(at(&format_args!("expected a RegistryAlias, got {kind}")).into());
-            }
-            let mut unknown = Vec::new();
-            // A mis-nested key must not silently do nothing.
-            let object: RegistryAlias =
-                serde_ignored::deserialize(item, |field| unknown.push(field.to_string()))
-                    .map_err(|e| at(&e))?;
-            if let Some(field) = unknown.first() {
-                return Err(at(&format_args!("unknown field {field}")).into());
-            }
-            objects.push(object);
+            objects.push(read_alias(item).map_err(|problem| at(&problem))?);
         }
     }
     let accepted = accept(&objects);
@@ -200,6 +188,26 @@ fn read_aliases(path: &Path) -> Result<HostTable, BadInput> {
         return Err(format!("{}: RegistryAlias {name:?}: {refusal}", show(path)).into());
     }
     Ok(HostTable::of_all(&accepted.aliases))
+}
+
+/// Reads one `RegistryAlias`, strictly: a mis-nested or misspelt key must not silently do nothing.
+fn read_alias(item: serde_json::Value) -> Result<RegistryAlias, String> {
+    let text = |key: &str| item.get(key).and_then(|k| k.as_str()).unwrap_or_default();
+    let (kind, version) = (RegistryAlias::kind(&()), RegistryAlias::api_version(&()));
+    if (text("kind"), text("apiVersion")) != (&kind, &version) {
+        return Err(format!("expected a {kind} of {version}, got {:?} of {:?}", text("kind"), text("apiVersion")));
+    }
+    let known = ["apiVersion", "kind", "metadata", "spec", "status"];
+    let mut unknown: Vec<String> =
+        item.as_object().into_iter().flat_map(|map| map.keys()).filter(|k| !known.contains(&k.as_str())).cloned().collect();
+    if let Some(spec) = item.get("spec") {
+        let found = |field: serde_ignored::Path<'_>| unknown.push(format!("spec.{field}").replace(".?", ""));
+        serde_ignored::deserialize::<_, _, RegistryAliasSpec>(spec, found).map_err(|e| format!("spec: {e}"))?;
+    }
+    match unknown.first() {
+        Some(field) => Err(format!("unknown field {field}")),
+        None => serde_json::from_value(item).map_err(|e| e.to_string()),
+    }
 }
 
 fn is_list(kind: &serde_json::Value) -> bool {

@@ -25,7 +25,6 @@ use testbed::{
 };
 use tokio::sync::OnceCell;
 
-pub const REGION: &str = "us-east-1";
 pub const REGISTRY: &str = "123456789012.dkr.ecr.us-east-1.amazonaws.com";
 /// How long anything may take that a test waits for.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -88,6 +87,12 @@ impl Cluster {
     pub fn quick(&self, start: Start) -> Start {
         let dns = format!("--dns-server={}", self.dns.address());
         start.args(["--log=debug", "--dns-min-ttl=1s", "--lease-duration=3s", &dns])
+    }
+
+    /// Starts the webhook alone, and returns before it is ready.
+    pub async fn quick_webhook(&self, name: &str) -> Operator {
+        let start = Start::webhook().named(name).args(["--log=debug"]);
+        Operator::spawn(binary(), &self.control_plane, &self.aws, start).await.unwrap()
     }
 
     pub fn client(&self) -> Client {

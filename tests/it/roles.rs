@@ -1,1 +1,222 @@
-//! x
+//! Two roles, one binary: what each may do, how leaders change, and how the certificate is renewed.
+
+use k8s_openapi::{
+    api::{coordination::v1::Lease, core::v1::Secret},
+    ByteString,
+};
+use kube::{
+    Api, ResourceExt as _,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+use testbed::operator::{NAMESPACE, Start};
+
+use crate::cluster::{Cluster, LIMIT, REGISTRY, await_object, images, shared, unique};
+
+/// Least privilege: what the operator may not do, asked of the API server.
+#[tokio::test]
+async fn each_role_may_do_what_it_needs_and_nothing_else() {
+    let cluster = shared().await;
+    let namespace = cluster.namespace(&[]).await;
+    let may = async |account: &str, question: &str| {
+        let user = format!("--as=system:serviceaccount:{NAMESPACE}:{account}");
+        let args: Vec<&str> = ["auth", "can-i"].into_iter().chain(question.split(' ')).chain([user.as_str()]).collect();
+        // It answers no with an exit code of 1.
+        cluster.control_plane.kubectl(&args).await.is_ok_and(|answer| answer.trim() == "yes")
+    };
+    let elsewhere = format!("-n {namespace}");
+    for question in [
+        format!("get secrets/ecr-cname {elsewhere}"),
+        format!("patch secrets/ecr-cname {elsewhere}"),
+        format!("delete secrets/ecr-cname {elsewhere}"),
+        format!("create secrets {elsewhere}"),
+        "list namespaces".to_owned(),
+        "patch registryaliases/x --subresource=status".to_owned(),
+        "patch mutatingwebhookconfigurations/ecr-cname".to_owned(),
+        format!("update leases/ecr-cname -n {NAMESPACE}"),
+    ] {
+        assert!(may("ecr-cname-controller", &question).await, "the controller needs: {question}");
+    }
+    for question in [
+        format!("get secrets/other {elsewhere}"),
+        format!("list secrets {elsewhere}"),
+        "list secrets -A".to_owned(),
+        format!("get secrets/other -n {NAMESPACE}"),
+        format!("patch secrets/other {elsewhere}"),
+        "patch mutatingwebhookconfigurations/other".to_owned(),
+        "create mutatingwebhookconfigurations".to_owned(),
+        "delete mutatingwebhookconfigurations/ecr-cname".to_owned(),
+        format!("create serviceaccounts/ecr-cname-controller --subresource=token -n {NAMESPACE}"),
+        format!("get pods {elsewhere}"),
+        "patch registryaliases/x".to_owned(),
+        "patch namespaces/default".to_owned(),
+        format!("get leases/other -n {NAMESPACE}"),
+    ] {
+        assert!(!may("ecr-cname-controller", &question).await, "the controller must not: {question}");
+    }
+    assert!(may("ecr-cname-webhook", "watch registryaliases").await);
+    assert!(may("ecr-cname-webhook", &format!("get secrets/ecr-cname-tls -n {NAMESPACE}")).await);
+    for question in [
+        format!("get secrets/ecr-cname {elsewhere}"),
+        format!("create secrets {elsewhere}"),
+        format!("get secrets/other -n {NAMESPACE}"),
+        "list namespaces".to_owned(),
+        "patch registryaliases/x --subresource=status".to_owned(),
+        "patch mutatingwebhookconfigurations/ecr-cname".to_owned(),
+        format!("patch secrets/ecr-cname-tls -n {NAMESPACE}"),
+    ] {
+        assert!(!may("ecr-cname-webhook", &question).await, "the webhook must not: {question}");
+    }
+}
+
+/// The two roles as two processes, each under its own service account; then a second controller takes over, without
+/// one write of a Secret that is still good.
+#[tokio::test]
+async fn webhook_and_controller_apart_and_a_second_controller_takes_over() {
+    let cluster = Cluster::start().await;
+    // The webhook is not ready before there is a certificate, so it is not waited for yet.
+    let spawned = cluster.quick_webhook("webhook").await;
+    let address = spawned.webhook_address();
+    let first = cluster.operator(cluster.quick(Start::controller(address)).named("first")).await;
+    spawned.wait_ready().await.unwrap();
+    let namespace = cluster.namespace(&[]).await;
+    cluster.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    let pod = cluster.pod(&namespace, "a", "a.example.io/app").await;
+    assert_eq!(images(&pod), [format!("{REGISTRY}/app")]);
+    let token = cluster.token(&namespace, REGISTRY).await;
+    let before = cluster.secrets(&namespace).get("ecr-cname").await.unwrap();
+    assert!((first.metric("ecr_cname_leader").await.unwrap() - 1.0).abs() < f64::EPSILON);
+    assert_eq!(spawned.metric("ecr_cname_leader").await.unwrap().to_bits(), 0);
+
+    // Handed over: the second leads as soon as the first is told to stop.
+    let second = cluster.operator(cluster.quick(Start::controller(address)).named("second")).await;
+    assert_eq!(second.metric("ecr_cname_leader").await.unwrap().to_bits(), 0);
+    first.process().terminate().unwrap();
+    let status = first.process().wait(LIMIT).expect("the first controller ends");
+    assert!(status.success(), "{status}\n{}", first.process().log_tail(20));
+    leader(&cluster, "second").await;
+    // It serves: a new namespace has its Secret, with a token of its own; the good one is not written again.
+    let new = cluster.namespace(&[]).await;
+    assert_ne!(cluster.token(&new, REGISTRY).await, token);
+    let after = cluster.secrets(&namespace).get("ecr-cname").await.unwrap();
+    assert_eq!(after.resource_version(), before.resource_version());
+
+    // Killed: the third leads when the Lease has run out.
+    let _third = cluster.operator(cluster.quick(Start::controller(address)).named("third")).await;
+    second.process().kill().unwrap();
+    leader(&cluster, "third").await;
+    cluster.token(&cluster.namespace(&[]).await, REGISTRY).await;
+    let after = cluster.secrets(&namespace).get("ecr-cname").await.unwrap();
+    assert_eq!(after.resource_version(), before.resource_version());
+}
+
+/// Waits until a replica holds the Lease.
+async fn leader(cluster: &Cluster, name: &str) {
+    let api: Api<Lease> = Api::namespaced(cluster.client(), NAMESPACE);
+    await_object(api, "ecr-cname", "the Lease", |lease| {
+        let holder = lease?.spec.as_ref()?.holder_identity.as_ref()?;
+        holder.starts_with(name).then_some(())
+    })
+    .await;
+}
+
+/// The CA rotated: every pod creation failed; unusable without cert-manager: imageswap-webhook #115;
+/// harbor-container-webhook #37. Here every pod created while the certificate is renewed is rewritten.
+#[tokio::test]
+async fn a_certificate_is_renewed_without_one_admission_lost() {
+    let cluster = Cluster::start().await;
+    let start = cluster.quick(Start::run()).args(["--certificate-lifetime=12s", "--certificate-overlap=1s"]);
+    let _operator = cluster.operator(start).await;
+    let namespace = cluster.namespace(&[]).await;
+    cluster.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    let secrets: Api<Secret> = Api::namespaced(cluster.client(), NAMESPACE);
+    let leaf = |secret: &Secret| secret.data.as_ref().unwrap()["tls.crt"].clone();
+    let first = leaf(&secrets.get("ecr-cname-tls").await.unwrap());
+    let renewed = await_object(secrets, "ecr-cname-tls", "the certificate", |secret| {
+        let second = leaf(secret?);
+        (second != first).then_some(second)
+    });
+    let mut renewed = std::pin::pin!(renewed);
+    let mut after = 0;
+    let mut created = 0;
+    // Until well after the new leaf serves.
+    while after < 20 {
+        let name = unique("p");
+        let done = tokio::select! {
+            biased;
+            _ = &mut renewed, if after == 0 => true,
+            pod = cluster.pod(&namespace, &name, "a.example.io/app") => {
+                assert_eq!(images(&pod), [format!("{REGISTRY}/app")]);
+                created += 1;
+                false
+            }
+        };
+        after += usize::from(done || after > 0);
+    }
+    assert!(created > 40, "only {created} pods while the certificate was renewed");
+}
+
+/// cert-manager or the user keeps the Secret; nobody of us writes it.
+#[tokio::test]
+async fn a_certificate_of_someone_elses_is_served_and_registered() {
+    let cluster = Cluster::start().await;
+    let start = cluster.quick(Start::run()).args(["--certificate=external"]);
+    let operator = testbed::operator::Operator::spawn(
+        crate::cluster::binary(),
+        &cluster.control_plane,
+        &cluster.aws,
+        start,
+    )
+    .await
+    .unwrap();
+    let secret = |serial: u8| {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+        params.serial_number = Some(vec![serial].into());
+        let cert = params.self_signed(&key).unwrap().pem();
+        let data = |text: String| ByteString(text.into_bytes());
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "ecr-cname-tls"}, "type": "kubernetes.io/tls",
+            "data": {"tls.crt": data(cert.clone()), "tls.key": data(key.serialize_pem()), "ca.crt": data(cert)}})
+    };
+    let secrets: Api<Secret> = Api::namespaced(cluster.client(), NAMESPACE);
+    let apply = async |secret: &serde_json::Value| {
+        let params = PatchParams::apply("cert-manager").force();
+        secrets.patch("ecr-cname-tls", &params, &Patch::Apply(secret)).await.unwrap()
+    };
+    apply(&secret(1)).await;
+    operator.wait_ready().await.unwrap();
+    let namespace = cluster.namespace(&[]).await;
+    cluster.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    let pod = cluster.pod(&namespace, "a", "a.example.io/app").await;
+    assert_eq!(images(&pod), [format!("{REGISTRY}/app")]);
+    let managers: Vec<_> = secrets.get("ecr-cname-tls").await.unwrap().managed_fields().iter().map(|m| m.manager.clone()).collect();
+    assert_eq!(managers, [Some("cert-manager".to_owned())]);
+}
+
+/// Uninstalling cleans up at once, and only what is ours.
+#[tokio::test]
+async fn cleanup_removes_what_is_ours_and_nothing_else() {
+    let running = Cluster::start().await.run().await;
+    let namespace = running.namespace(&[]).await;
+    let foreign = running.namespace(&[("ecr-cname.dev/rewrite", "disabled")]).await;
+    running.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    running.token(&namespace, REGISTRY).await;
+    running.control_plane.kubectl(&["create", "secret", "generic", "ecr-cname", "-n", &foreign, "--from-literal=a=b"]).await.unwrap();
+    running.operator.process().terminate().unwrap();
+    running.operator.process().wait(LIMIT).expect("the operator ends");
+
+    let kubeconfig =
+        running.control_plane.kubeconfig_for_service_account(NAMESPACE, "ecr-cname-controller").await.unwrap();
+    let output = tokio::process::Command::new(crate::cluster::binary())
+        .arg("cleanup")
+        .env("KUBECONFIG", kubeconfig)
+        .output()
+        .await
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(running.secrets(&namespace).get_opt("ecr-cname").await.unwrap().is_none());
+    assert!(running.secrets(&foreign).get_opt("ecr-cname").await.unwrap().is_some());
+    // Nothing is in the path of pods any more.
+    let pod = running.pod(&namespace, "a", "a.example.io/app").await;
+    assert_eq!(images(&pod), ["a.example.io/app"]);
+}

@@ -9,6 +9,9 @@ use serde_json::json;
 
 use crate::cluster::{LIMIT, REGISTRY, shared, tokens, uid, unique};
 
+/// A namespace that is labelled so gets no Secret, whatever the aliases of other tests select.
+const OUT: (&str, &str) = ("ecr-cname.dev/rewrite", "disabled");
+
 async fn alias() -> String {
     let name = unique("secrets");
     let spec = json!({"host": format!("{name}.example.io"), "registry": REGISTRY});
@@ -63,13 +66,14 @@ async fn drift_is_healed_in_place() {
 async fn a_secret_that_is_not_ours_is_left_alone_and_said_so() {
     let cluster = shared().await;
     let name = unique("foreign");
-    let namespace = cluster.namespace(&[("only", &name)]).await;
+    let namespace = cluster.namespace(&[("only", &name), OUT]).await;
     let mine: Secret = serde_json::from_value(json!({
         "metadata": {"name": "ecr-cname"}, "type": "Opaque", "stringData": {"my": "own"}
     }))
     .unwrap();
     let secrets = cluster.secrets(&namespace);
     let before = secrets.create(&PostParams::default(), &mine).await.unwrap();
+    cluster.label_namespace(&namespace, json!({OUT.0: null})).await;
     let selector = json!({"matchLabels": {"only": name}});
     let spec =
         json!({"host": format!("{name}.example.io"), "registry": REGISTRY, "namespaceSelector": selector});
@@ -149,7 +153,7 @@ async fn a_role_is_assumed_with_its_external_id() {
 async fn a_quota_holds_up_only_its_own_namespace() {
     let cluster = shared().await;
     let name = unique("quota");
-    let full = cluster.namespace(&[("quota", &name)]).await;
+    let full = cluster.namespace(&[("quota", &name), OUT]).await;
     let quota = json!({"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": full},
         "spec": {"hard": {"count/secrets": "0"}}});
     cluster.control_plane.apply(&quota.to_string()).await.unwrap();
@@ -168,6 +172,7 @@ async fn a_quota_holds_up_only_its_own_namespace() {
         &status,
     ];
     cluster.control_plane.kubectl(&patch).await.unwrap();
+    cluster.label_namespace(&full, json!({OUT.0: null})).await;
     let selector = json!({"matchLabels": {"quota": name}});
     let spec =
         json!({"host": format!("{name}.example.io"), "registry": REGISTRY, "namespaceSelector": selector});
