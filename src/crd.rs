@@ -19,16 +19,12 @@ use serde::{Deserialize, Serialize};
     status = "RegistryAliasStatus",
     derive = "PartialEq",
     doc = "A friendly registry name, and the ECR registry that it stands for in this cluster.",
-    printcolumn(name = "Host", type_ = "string", json_path = ".spec.host"),
-    printcolumn(name = "Registry", type_ = "string", json_path = ".status.registry"),
-    printcolumn(
-        name = "Ready",
-        type_ = "string",
-        json_path = r#".status.conditions[?(@.type=="Ready")].status"#
-    ),
-    printcolumn(name = "Token-Expires", type_ = "string", json_path = ".status.tokenExpiresAt"),
-    printcolumn(name = "Namespaces", type_ = "integer", json_path = ".status.namespaces.synced"),
-    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+    printcolumn = r#"{"name": "Host", "type": "string", "jsonPath": ".spec.host"}"#,
+    printcolumn = r#"{"name": "Registry", "type": "string", "jsonPath": ".status.registry"}"#,
+    printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type==\"Ready\")].status"}"#,
+    printcolumn = r#"{"name": "Token-Expires", "type": "string", "jsonPath": ".status.tokenExpiresAt"}"#,
+    printcolumn = r#"{"name": "Namespaces", "type": "integer", "jsonPath": ".status.namespaces.synced"}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(

@@ -203,7 +203,9 @@ pub async fn keep(
             let before = schedule.get(&key(alias)).map_or(0, |s| s.failures);
             let (pause, failures) = match &result {
                 Ok((_, ttl)) => ((*ttl).clamp(bounds.min, bounds.max), 0),
-                Err(Problem::Failed { .. }) => (bounds.min * 2u32.pow(before.min(8)).min(MAX_BACKOFF), before + 1),
+                Err(Problem::Failed { .. }) => {
+                    (bounds.min * 2u32.pow(before.min(8)).min(MAX_BACKOFF), before + 1)
+                }
                 // DNS answers, if not what is wanted.
                 Err(_) => (bounds.min, 0),
             };

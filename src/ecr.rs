@@ -15,6 +15,7 @@ use std::{
 use aws_config::{
     BehaviorVersion, Region, SdkConfig, retry::RetryConfig, sts::AssumeRoleProvider, timeout::TimeoutConfig,
 };
+use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_ecr::{
     Client,
     error::{ProvideErrorMetadata, SdkError},
@@ -81,6 +82,19 @@ pub enum Reason {
     BadAnswer,
     /// The token that came had expired already.
     ExpiredOnArrival,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::AccessDenied,
+        Self::NoCredentials,
+        Self::Throttled,
+        Self::Unreachable,
+        Self::ServiceError,
+        Self::BadAnswer,
+        Self::ExpiredOnArrival,
+    ];
 }
 
 /// A client for each principal, made when it is first needed.
@@ -164,7 +178,7 @@ impl Ecr {
             .map_err(|e: NotAuth| bad(&e.to_string()))?;
         let expires_at = data
             .expires_at
-            .and_then(|t| Timestamp::from_second(t.secs()).ok())
+            .and_then(|t| Timestamp::from_nanosecond(t.as_nanos()).ok())
             .ok_or_else(|| bad("no expiresAt"))?;
         let lifetime = expires_at.duration_since(Timestamp::now());
         if lifetime <= SignedDuration::ZERO {
@@ -242,12 +256,19 @@ fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) 
                     Reason::NoCredentials,
                     "AWS does not accept the credentials; check the role and the node's clock".to_owned(),
                 ),
+                "" if status < 500 => (
+                    Reason::BadAnswer,
+                    "the answer could not be read; is something else answering for AWS?".to_owned(),
+                ),
                 _ if status >= 500 => (Reason::ServiceError, "AWS failed; this is tried again".to_owned()),
                 _ => (Reason::AccessDenied, "AWS refused the call".to_owned()),
             }
         }
         SdkError::TimeoutError(_) => (Reason::Unreachable, unreachable_advice(region)),
-        SdkError::DispatchFailure(failure) if failure.is_io() || failure.is_timeout() => {
+        // Only credentials that cannot be had are a failure of the user; the rest is of the network.
+        SdkError::DispatchFailure(failure)
+            if !is_credentials(failure.as_connector_error().map(|e| e as _)) =>
+        {
             (Reason::Unreachable, unreachable_advice(region))
         }
         SdkError::ResponseError(_) => (Reason::BadAnswer, "the answer could not be read".to_owned()),
@@ -264,13 +285,24 @@ fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) 
         ),
     };
     let message = match error.as_service_error() {
-        Some(service) => {
+        Some(service) if service.meta().code().is_some() => {
             let meta = service.meta();
-            format!("{}: {}", meta.code().unwrap_or("error"), meta.message().unwrap_or("no message"))
+            format!("{}: {}", meta.code().unwrap_or_default(), meta.message().unwrap_or("no message"))
         }
-        None => detail,
+        _ => detail,
     };
     TokenError { reason, problem: format!("no token for {principal}: {advice} ({message})") }
+}
+
+/// Whether an error is, at its root, that credentials could not be had.
+fn is_credentials(mut error: Option<&(dyn std::error::Error + 'static)>) -> bool {
+    while let Some(e) = error {
+        if e.is::<CredentialsError>() {
+            return true;
+        }
+        error = e.source();
+    }
+    false
 }
 
 fn unreachable_advice(region: &str) -> String {

@@ -1,35 +1,55 @@
 //! `ecr-cname`: your own name for your ECR registry, everywhere in a Kubernetes cluster.
 //!
+//! This library is what the binary is made of; its interface is not stable.
+//!
 //! # Layout
 //!
-//! x
+//! Three journeys lead through the modules, each a straight line. Core modules decide: they know no client, no clock and
+//! no runtime. Edges do what was decided, and do not call one another: [`run`] joins them with channels.
+//!
+//! **An image name**, from an admission request to its answer: [`webhook`] (edge) → [`review`] (the wire) → [`image`] →
+//! [`table`] → [`mutate`] → back through [`review`].
+//!
+//! **An alias**, from an object to the pods that it concerns: [`watch`] (edge) → [`crd`] → [`alias`] → [`table`], and on
+//! the leader [`dns`] (edge) → [`matching`] → [`registration`] (edge), with a certificate from [`issuer`] and
+//! [`serving_cert`] (edges); what came of it all is said by [`status`] (edge).
+//!
+//! **A token**, from an identity to every namespace, on the leader ([`lease`], edge): [`registry`] → [`ecr`] →
+//! [`tokens`] (edges) → [`pull_secret`] and [`dockerconfig`] (core) → [`secrets`] (edge).
+//!
+//! The commands that need no cluster are in [`offline`], over [`manifest`], and decide with the same core.
+
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
-pub mod admin;
-pub mod alias;
 pub mod args;
+pub mod run;
+
+pub mod alias;
 pub mod crd;
-pub mod dns;
 pub mod dockerconfig;
-pub mod ecr;
 pub mod image;
-pub mod issuer;
-pub mod lease;
-pub mod manifest;
 pub mod matching;
-pub mod metrics;
 pub mod mutate;
-pub mod offline;
 pub mod pull_secret;
-pub mod registration;
 pub mod registry;
 pub mod review;
-pub mod run;
+pub mod table;
+
+pub mod admin;
+pub mod dns;
+pub mod ecr;
+pub mod issuer;
+pub mod lease;
+pub mod registration;
 pub mod secrets;
 pub mod serving_cert;
 pub mod status;
-pub mod table;
-pub mod telemetry;
 pub mod tokens;
 pub mod watch;
 pub mod webhook;
+
+pub mod manifest;
+pub mod offline;
+
+pub mod metrics;
+pub mod telemetry;

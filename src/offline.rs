@@ -195,14 +195,24 @@ fn read_alias(item: serde_json::Value) -> Result<RegistryAlias, String> {
     let text = |key: &str| item.get(key).and_then(|k| k.as_str()).unwrap_or_default();
     let (kind, version) = (RegistryAlias::kind(&()), RegistryAlias::api_version(&()));
     if (text("kind"), text("apiVersion")) != (&kind, &version) {
-        return Err(format!("expected a {kind} of {version}, got {:?} of {:?}", text("kind"), text("apiVersion")));
+        return Err(format!(
+            "expected a {kind} of {version}, got {:?} of {:?}",
+            text("kind"),
+            text("apiVersion")
+        ));
     }
     let known = ["apiVersion", "kind", "metadata", "spec", "status"];
-    let mut unknown: Vec<String> =
-        item.as_object().into_iter().flat_map(|map| map.keys()).filter(|k| !known.contains(&k.as_str())).cloned().collect();
+    let mut unknown: Vec<String> = item
+        .as_object()
+        .into_iter()
+        .flat_map(|map| map.keys())
+        .filter(|k| !known.contains(&k.as_str()))
+        .cloned()
+        .collect();
     if let Some(spec) = item.get("spec") {
         let found = |field: serde_ignored::Path<'_>| unknown.push(format!("spec.{field}").replace(".?", ""));
-        serde_ignored::deserialize::<_, _, RegistryAliasSpec>(spec, found).map_err(|e| format!("spec: {e}"))?;
+        serde_ignored::deserialize::<_, _, RegistryAliasSpec>(spec, found)
+            .map_err(|e| format!("spec: {e}"))?;
     }
     match unknown.first() {
         Some(field) => Err(format!("unknown field {field}")),

@@ -190,6 +190,9 @@ mod tests {
         Plan::Write { fresh: own(fresh), carried: own(carried) }
     }
 
+    /// What it is about, what is there, what is wanted, and what to do.
+    type Case = (&'static str, Option<Observed>, BTreeMap<String, Wanted>, Plan);
+
     #[test]
     fn plans() {
         let foreign = Observed { ours: false, ..observed(&[]) };
@@ -199,7 +202,7 @@ mod tests {
                 .into(),
             ..observed(&[])
         };
-        let cases: Vec<(&str, Option<Observed>, BTreeMap<String, Wanted>, Plan)> = vec![
+        let cases: Vec<Case> = vec![
             ("nothing wanted, nothing there", None, wanted(&[]), Plan::Keep(None)),
             ("a new namespace gets its Secret", None, wanted(&[("a", Some(12))]), write(&["a"], &[])),
             ("no token yet: no empty Secret", None, wanted(&[("a", None)]), Plan::Keep(None)),

@@ -648,6 +648,10 @@ impl SecretMetrics {
     /// Registers the metrics.
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self::default();
+        // Every outcome is there from the start, so that a rate has a zero to rise from.
+        for outcome in [WriteOutcome::Applied, WriteOutcome::Deleted, WriteOutcome::Failed] {
+            let _ = metrics.writes.get_or_create(&Labels { outcome });
+        }
         registry.register(
             "namespaces_selected",
             "Namespaces that at least one alias selects",

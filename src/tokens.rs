@@ -185,6 +185,10 @@ impl TokenMetrics {
     /// Registers the metrics.
     pub fn new(registry: &mut Registry) -> Self {
         let metrics = Self::default();
+        // Every outcome is there from the start, so that a rate has a zero to rise from.
+        for outcome in Reason::ALL.into_iter().map(OutcomeValue::Failure).chain([OutcomeValue::Success]) {
+            let _ = metrics.refreshes.get_or_create(&Outcome { outcome });
+        }
         registry.register(
             "token_refreshes",
             "Attempts to get an ECR token, by what came of them",

@@ -95,7 +95,6 @@ impl Webhook {
     }
 
     /// The routes: `POST /mutate/GROUP`.
-    #[must_use]
     pub fn router(self: Arc<Self>) -> Router {
         Router::new().route("/mutate/{group}", post(admit)).with_state(self)
     }
@@ -294,6 +293,17 @@ impl Metrics {
             admissions: Family::default(),
             latency: Histogram::new(exponential_buckets(0.000_01, 2.0, 16)),
         };
+        // Every outcome is there from the start, so that a rate has a zero to rise from.
+        for outcome in [
+            Outcome::Rewritten,
+            Outcome::Untouched,
+            Outcome::Audited,
+            Outcome::Denied,
+            Outcome::Unresolved,
+            Outcome::BadRequest,
+        ] {
+            let _ = metrics.admissions.get_or_create(&Labels { outcome });
+        }
         registry.register(
             "admissions",
             "Admission requests answered, by what came of them",

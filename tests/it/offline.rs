@@ -70,11 +70,8 @@ fn rewrite_reads_json_and_lists() {
 
 #[test]
 fn bad_input_says_where_and_exits_with_two() {
-    let cases = [
-        ("a: b\n  c: [d\n", "<stdin>:2:"),
-        ("a: 1\na: 2\n", "<stdin>:2:1: "),
-        ("{\"a\": [}", "<stdin>:1:"),
-    ];
+    let cases =
+        [("a: b\n  c: [d\n", "<stdin>:2:"), ("a: 1\na: 2\n", "<stdin>:2:1: "), ("{\"a\": [}", "<stdin>:1:")];
     for (input, place) in cases {
         let output = run(&["rewrite", "--aliases", ALIASES, "-"], input);
         assert_eq!(output.status.code(), Some(2), "{input}");

@@ -1,8 +1,8 @@
 //! Two roles, one binary: what each may do, how leaders change, and how the certificate is renewed.
 
 use k8s_openapi::{
-    api::{coordination::v1::Lease, core::v1::Secret},
     ByteString,
+    api::{coordination::v1::Lease, core::v1::Secret},
 };
 use kube::{
     Api, ResourceExt as _,
@@ -20,7 +20,8 @@ async fn each_role_may_do_what_it_needs_and_nothing_else() {
     let namespace = cluster.namespace(&[]).await;
     let may = async |account: &str, question: &str| {
         let user = format!("--as=system:serviceaccount:{NAMESPACE}:{account}");
-        let args: Vec<&str> = ["auth", "can-i"].into_iter().chain(question.split(' ')).chain([user.as_str()]).collect();
+        let args: Vec<&str> =
+            ["auth", "can-i"].into_iter().chain(question.split(' ')).chain([user.as_str()]).collect();
         // It answers no with an exit code of 1.
         cluster.control_plane.kubectl(&args).await.is_ok_and(|answer| answer.trim() == "yes")
     };
@@ -189,7 +190,14 @@ async fn a_certificate_of_someone_elses_is_served_and_registered() {
     cluster.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
     let pod = cluster.pod(&namespace, "a", "a.example.io/app").await;
     assert_eq!(images(&pod), [format!("{REGISTRY}/app")]);
-    let managers: Vec<_> = secrets.get("ecr-cname-tls").await.unwrap().managed_fields().iter().map(|m| m.manager.clone()).collect();
+    let managers: Vec<_> = secrets
+        .get("ecr-cname-tls")
+        .await
+        .unwrap()
+        .managed_fields()
+        .iter()
+        .map(|m| m.manager.clone())
+        .collect();
     assert_eq!(managers, [Some("cert-manager".to_owned())]);
 }
 
@@ -201,12 +209,19 @@ async fn cleanup_removes_what_is_ours_and_nothing_else() {
     let foreign = running.namespace(&[("ecr-cname.dev/rewrite", "disabled")]).await;
     running.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
     running.token(&namespace, REGISTRY).await;
-    running.control_plane.kubectl(&["create", "secret", "generic", "ecr-cname", "-n", &foreign, "--from-literal=a=b"]).await.unwrap();
+    running
+        .control_plane
+        .kubectl(&["create", "secret", "generic", "ecr-cname", "-n", &foreign, "--from-literal=a=b"])
+        .await
+        .unwrap();
     running.operator.process().terminate().unwrap();
     running.operator.process().wait(LIMIT).expect("the operator ends");
 
-    let kubeconfig =
-        running.control_plane.kubeconfig_for_service_account(NAMESPACE, "ecr-cname-controller").await.unwrap();
+    let kubeconfig = running
+        .control_plane
+        .kubeconfig_for_service_account(NAMESPACE, "ecr-cname-controller")
+        .await
+        .unwrap();
     let output = tokio::process::Command::new(crate::cluster::binary())
         .arg("cleanup")
         .env("KUBECONFIG", kubeconfig)
