@@ -178,7 +178,7 @@ impl Ecr {
             .map_err(|e: NotAuth| bad(&e.to_string()))?;
         let expires_at = data
             .expires_at
-            .and_then(|t| Timestamp::from_nanosecond(t.as_nanos()).ok())
+            .and_then(|t| Timestamp::from_millisecond(t.to_millis().ok()?).ok())
             .ok_or_else(|| bad("no expiresAt"))?;
         let lifetime = expires_at.duration_since(Timestamp::now());
         if lifetime <= SignedDuration::ZERO {

@@ -540,7 +540,7 @@ async fn write(
             "uid": uid,
             "labels": { MANAGED_BY.0: MANAGED_BY.1, "app.kubernetes.io/name": "ecr-cname" },
             "annotations": {
-                EXPIRES_AT: expires_at.to_string(),
+                EXPIRES_AT: format!("{expires_at:.0}"),
                 CONTENTS: serde_json::to_string(&contents).unwrap_or_default(),
             },
         },

@@ -224,11 +224,11 @@ fn token_ready(facts: &Facts<'_>, now: Timestamp) -> Finding {
         return finding("Unknown", "Requesting", "asking AWS for a token");
     };
     match (state.usable(now), &state.error) {
-        (Some(token), None) => finding("True", "TokenValid", format!("valid until {}", token.expires_at)),
+        (Some(token), None) => finding("True", "TokenValid", format!("valid until {:.0}", token.expires_at)),
         (Some(token), Some(error)) => finding(
             "True",
             "RefreshFailing",
-            format!("the last token is valid until {}, but {error}", token.expires_at),
+            format!("the last token is valid until {:.0}, but {error}", token.expires_at),
         ),
         (None, Some(error)) => finding("False", reason_of(error), error.to_string()),
         (None, None) => finding("Unknown", "Requesting", "asking AWS for a token"),

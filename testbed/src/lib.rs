@@ -31,10 +31,26 @@ mod random;
 mod run_dir;
 mod workspace;
 
+use tokio::signal::unix::{SignalKind, signal};
+
 pub use workspace::testbed_dir;
 
 /// Makes aws-lc-rs the TLS provider of this process, if none was chosen before.
 pub fn install_crypto_provider() {
     // An error says that a provider is installed already, which is all that is wanted.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}
+
+/// Does `work` until it is done or the process is told to stop, which is no failure.
+///
+/// # Errors
+/// What `work` says, or that signals cannot be handled.
+pub async fn until_interrupted(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        result = work => result,
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+    }
 }

@@ -1,7 +1,5 @@
 //! `cargo testbed`: a control plane and an AWS stand-in to try things on by hand.
 
-mod demo;
-
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
@@ -12,8 +10,7 @@ use clap::{Parser, Subcommand};
 use testbed::aws::AwsStandIn;
 use testbed::controlplane::ControlPlane;
 use testbed::operator::{ROLE, SUBJECT};
-use testbed::testbed_dir;
-use tokio::signal::unix::{SignalKind, signal};
+use testbed::{testbed_dir, until_interrupted};
 
 /// A real Kubernetes control plane and a stand-in for AWS, on this machine.
 #[derive(Parser)]
@@ -27,19 +24,12 @@ struct Args {
 enum Command {
     /// Start both, and keep them until Ctrl-C.
     Up,
-    /// Show the main job: an alias, a pod with the friendly name, and what the API server stores.
-    Demo {
-        /// Leave everything running until Ctrl-C, and print commands to try.
-        #[arg(long)]
-        keep: bool,
-    },
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Up => until_interrupted(hold()).await,
-        Command::Demo { keep } => until_interrupted(demo::demo(keep)).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -47,16 +37,6 @@ async fn main() -> ExitCode {
             eprintln!("testbed: {error:#}");
             ExitCode::FAILURE
         }
-    }
-}
-
-async fn until_interrupted(work: impl Future<Output = Result<()>>) -> Result<()> {
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        result = work => result,
-        _ = interrupt.recv() => Ok(()),
-        _ = terminate.recv() => Ok(()),
     }
 }
 

@@ -5,17 +5,19 @@ use std::{
     fmt::Display,
     io::{IsTerminal as _, Write as _},
     path::PathBuf,
-    process::{Command, Stdio},
+    process::{Command, ExitCode, Stdio},
     time::Instant,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use clap::Parser;
 use serde_json::Value;
 use testbed::{
     aws::{AwsStandIn, Operation, Scope},
     controlplane::ControlPlane,
     operator::{self, Operator, ROLE, SUBJECT, Start},
+    until_interrupted,
 };
 
 const REGION: &str = "us-east-1";
@@ -43,8 +45,28 @@ spec:
       image: docker-ecr.internal.example.io/team/app:1
 ";
 
+/// The main job of ecr-cname, on a real Kubernetes control plane and with a stand-in for AWS.
+#[derive(Parser)]
+#[command(name = "cargo demo")]
+struct Args {
+    /// Leave everything running until Ctrl-C, and print commands to try.
+    #[arg(long)]
+    keep: bool,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    match until_interrupted(demo(Args::parse().keep)).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Runs the demo; with `keep`, holds everything afterwards until Ctrl-C.
-pub async fn demo(keep: bool) -> Result<()> {
+async fn demo(keep: bool) -> Result<()> {
     let tell = Tell { color: std::io::stdout().is_terminal() };
     tell.title("ecr-cname: your own name for your ECR registry, on a real Kubernetes control plane");
 
@@ -198,7 +220,7 @@ async fn hold(tell: &Tell, control_plane: &ControlPlane) -> Result<()> {
          kubectl describe registryalias internal\n\
          kubectl describe pod web -n shop\n\
          kubectl run again -n shop --image=docker-ecr.internal.example.io/team/app:2 --restart=Never\n\
-         kubectl get pods -n shop -o custom-columns=NAME:.metadata.name,IMAGE:.spec.containers[*].image\n\
+         kubectl get pods -n shop -o 'custom-columns=NAME:.metadata.name,IMAGE:.spec.containers[*].image'\n\
          kubectl patch registryalias internal --type=merge -p '{{\"spec\":{{\"repositoryPrefix\":\"mirror\"}}}}'\n",
         control_plane.kubeconfig().display()
     ));
