@@ -5,7 +5,6 @@
 
 use std::{borrow::Borrow, collections::HashMap, fmt};
 
-use aws_lc_rs::digest;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::{ResourceExt, core::Selector};
 
@@ -213,8 +212,9 @@ impl TryFrom<&RegistryAlias> for Alias {
         if let Some(prefix) = spec.repository_prefix.as_deref().filter(|p| !image::is_path(p)) {
             return Err(invalid("repositoryPrefix", format!("{prefix:?} is not a repository path")));
         }
-        check_selector(&spec.namespace_selector).map_err(|problem| invalid("namespaceSelector", problem))?;
-        let namespaces = Selector::try_from(spec.namespace_selector.clone())
+        let namespace_selector = normalised(&spec.namespace_selector);
+        check_selector(&namespace_selector).map_err(|problem| invalid("namespaceSelector", problem))?;
+        let namespaces = Selector::try_from(namespace_selector.clone())
             .map_err(|e| invalid("namespaceSelector", e.to_string()))?;
         let identity = match &spec.credentials {
             None => Identity::Operator,
@@ -226,7 +226,7 @@ impl TryFrom<&RegistryAlias> for Alias {
             target,
             found: None,
             repository_prefix: spec.repository_prefix.clone(),
-            namespace_selector: spec.namespace_selector.clone(),
+            namespace_selector,
             namespaces,
             identity,
             pull_secret: spec.pull_secret,
@@ -265,11 +265,11 @@ impl std::str::FromStr for Host {
         if !lower.contains(['.', ':']) && lower != "localhost" {
             return Err(NotHost::Bare(text.to_owned()));
         }
-        let name = lower.split(':').next().unwrap_or_default();
-        if name.parse::<EcrHost>().is_ok() {
+        let host = Self(lower.into());
+        if host.name().parse::<EcrHost>().is_ok() {
             return Err(NotHost::Ecr(text.to_owned()));
         }
-        Ok(Self(lower.into()))
+        Ok(host)
     }
 }
 
@@ -286,7 +286,8 @@ impl Host {
     /// The host without its port, as DNS knows it.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.0.split(':').next().unwrap_or_default()
+        let port = self.0.rfind(':').filter(|colon| !self.0.ends_with(']') && *colon > 0);
+        port.and_then(|colon| self.0.get(..colon)).unwrap_or(&self.0)
     }
 }
 
@@ -328,8 +329,7 @@ impl Group {
         expressions.sort();
         let labels: Vec<_> = selector.match_labels.iter().flatten().collect();
         let canonical = format!("{labels:?}{expressions:?}");
-        let hash = digest::digest(&digest::SHA256, canonical.as_bytes());
-        Self(hash.as_ref().iter().take(5).map(|b| format!("{b:02x}")).collect::<String>().into())
+        Self(digest(&canonical).into())
     }
 
     /// The group's name: ten hexadecimal digits.
@@ -349,6 +349,23 @@ impl fmt::Display for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
+}
+
+/// Ten hexadecimal digits that stand for a text: the beginning of its SHA-256.
+pub(crate) fn digest(text: &str) -> String {
+    let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, text.as_bytes());
+    hash.as_ref().iter().take(5).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A selector without its empty parts. The API server drops them from a webhook entry, which then is not what was applied.
+fn normalised(selector: &LabelSelector) -> LabelSelector {
+    let mut selector = selector.clone();
+    selector.match_labels = selector.match_labels.filter(|labels| !labels.is_empty());
+    for expression in selector.match_expressions.iter_mut().flatten() {
+        expression.values = expression.values.take().filter(|values| !values.is_empty());
+    }
+    selector.match_expressions = selector.match_expressions.filter(|e| !e.is_empty());
+    selector
 }
 
 /// Refuses a selector that the API server would refuse in a webhook entry: there, one bad alias would hold up all.
@@ -501,6 +518,11 @@ mod tests {
         let b = selector(json!({"matchLabels": {"b": "2", "a": "1"}, "matchExpressions": [
             {"key": "y", "operator": "Exists", "values": []}, {"key": "x", "operator": "In", "values": ["2", "1"]}]}));
         assert_eq!(Group::of(&a), Group::of(&b));
+        assert_eq!(normalised(&b).match_expressions.unwrap()[0].values, None);
+        assert_eq!(
+            normalised(&selector(json!({"matchLabels": {}, "matchExpressions": []}))),
+            selector(json!({}))
+        );
         assert_ne!(Group::of(&a), Group::of(&selector(json!({}))));
     }
 }

@@ -49,13 +49,13 @@ pub enum Command {
         #[allow(missing_docs)]
         controller: ControllerArgs,
     },
-    /// Print Kubernetes manifests with their image names rewritten, without a cluster
+    /// Print Kubernetes manifests with their image names rewritten, without a cluster. Exits with 2 for bad input
     Rewrite(RewriteArgs),
-    /// Print what image names are rewritten to, without a cluster
+    /// Print what image names are rewritten to, without a cluster. Exits with 2 for bad input
     Resolve(ResolveArgs),
     /// Print the CustomResourceDefinition
     Crd,
-    /// Delete every pull secret and webhook entry that is ours: for uninstalling
+    /// Delete every pull secret and webhook entry that is ours: for uninstalling, after the controller was stopped
     Cleanup {
         #[command(flatten)]
         #[allow(missing_docs)]
@@ -79,14 +79,14 @@ pub struct Process {
     pub admin_listen: SocketAddr,
 
     /// The Secret with the serving certificate (tls.crt, tls.key, ca.crt), in the operator's namespace
-    #[arg(long, env = "ECR_CNAME_CERTIFICATE_SECRET", default_value = "ecr-cname-tls", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_CERTIFICATE_SECRET", default_value = "ecr-cname-tls", value_name = "NAME", value_parser = object_name)]
     pub certificate_secret: String,
 
     /// The name of the pull secret, in every namespace
-    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
     pub pull_secret: String,
 
-    /// What becomes of a pod that names an alias while it cannot be rewritten
+    /// What becomes of a pod that names an alias while it cannot be rewritten; the same for webhook and controller
     #[arg(long, env = "ECR_CNAME_FAILURE_POLICY", default_value = "Fail", value_name = "POLICY")]
     pub failure_policy: FailurePolicy,
 
@@ -132,11 +132,11 @@ pub struct WebhookArgs {
     pub max_body: usize,
 
     /// The most requests at one time; further ones wait
-    #[arg(long, env = "ECR_CNAME_MAX_CONCURRENCY", default_value_t = 256, value_name = "N")]
+    #[arg(long, env = "ECR_CNAME_MAX_CONCURRENCY", default_value_t = 64, value_name = "N")]
     pub max_concurrency: usize,
 
-    /// The most time for one request to arrive and be answered
-    #[arg(long, env = "ECR_CNAME_REQUEST_TIMEOUT", default_value = "10s", value_name = "TIME", value_parser = duration)]
+    /// The most time for one request to arrive; less than the API server waits (--webhook-timeout)
+    #[arg(long, env = "ECR_CNAME_REQUEST_TIMEOUT", default_value = "2s", value_name = "TIME", value_parser = interval)]
     pub request_timeout: Duration,
 }
 
@@ -145,11 +145,11 @@ pub struct WebhookArgs {
 #[command(next_help_heading = "Controller")]
 pub struct ControllerArgs {
     /// The MutatingWebhookConfiguration whose entries are kept; it must exist
-    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
     pub webhook_configuration: String,
 
     /// The Service through which the API server reaches the webhook, in the operator's namespace
-    #[arg(long, env = "ECR_CNAME_WEBHOOK_SERVICE", default_value = "ecr-cname-webhook", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_WEBHOOK_SERVICE", default_value = "ecr-cname-webhook", value_name = "NAME", value_parser = object_name)]
     pub webhook_service: String,
 
     /// The URL at which the API server reaches the webhook, instead of a Service: for running outside the cluster
@@ -175,7 +175,7 @@ pub struct ControllerArgs {
     pub certificate: CertificateMode,
 
     /// How long a self-managed certificate is valid; renewed when a third of it is left
-    #[arg(long, env = "ECR_CNAME_CERTIFICATE_LIFETIME", default_value = "2160h", value_name = "TIME", value_parser = duration)]
+    #[arg(long, env = "ECR_CNAME_CERTIFICATE_LIFETIME", default_value = "2160h", value_name = "TIME", value_parser = interval)]
     pub certificate_lifetime: Duration,
 
     /// How long the API server is given to trust a new CA before it is used
@@ -183,11 +183,11 @@ pub struct ControllerArgs {
     pub certificate_overlap: Duration,
 
     /// The Lease that the leader holds, in the operator's namespace
-    #[arg(long, env = "ECR_CNAME_LEASE", default_value = "ecr-cname", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_LEASE", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
     pub lease: String,
 
     /// For how long the Lease holds without renewal
-    #[arg(long, env = "ECR_CNAME_LEASE_DURATION", default_value = "15s", value_name = "TIME", value_parser = duration)]
+    #[arg(long, env = "ECR_CNAME_LEASE_DURATION", default_value = "15s", value_name = "TIME", value_parser = interval)]
     pub lease_duration: Duration,
 
     /// The DNS server to ask for CNAMEs; default: the system's
@@ -195,11 +195,11 @@ pub struct ControllerArgs {
     pub dns_server: Option<SocketAddr>,
 
     /// The shortest time between two look-ups of a CNAME, whatever its TTL
-    #[arg(long, env = "ECR_CNAME_DNS_MIN_TTL", default_value = "30s", value_name = "TIME", value_parser = duration)]
+    #[arg(long, env = "ECR_CNAME_DNS_MIN_TTL", default_value = "30s", value_name = "TIME", value_parser = interval)]
     pub dns_min_ttl: Duration,
 
     /// The longest time between two look-ups of a CNAME, whatever its TTL
-    #[arg(long, env = "ECR_CNAME_DNS_MAX_TTL", default_value = "1h", value_name = "TIME", value_parser = duration)]
+    #[arg(long, env = "ECR_CNAME_DNS_MAX_TTL", default_value = "1h", value_name = "TIME", value_parser = interval)]
     pub dns_max_ttl: Duration,
 }
 
@@ -229,7 +229,7 @@ pub struct RewriteArgs {
     #[arg(long, value_name = "FILE")]
     pub aliases: PathBuf,
 
-    /// Print what would change, and exit with 1 if anything would
+    /// Print what would change, as DOCUMENT/PATH: OLD -> NEW with documents counted from 1, and exit with 1 if anything would
     #[arg(long)]
     pub check: bool,
 
@@ -254,11 +254,11 @@ pub struct ResolveArgs {
 #[derive(Clone, Debug, Args)]
 pub struct CleanupArgs {
     /// The name of the pull secret, in every namespace
-    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
     pub pull_secret: String,
 
     /// The MutatingWebhookConfiguration whose entries are removed
-    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME")]
+    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
     pub webhook_configuration: String,
 
     #[command(flatten)]
@@ -269,7 +269,33 @@ pub struct CleanupArgs {
 fn duration(text: &str) -> Result<Duration, String> {
     let duration: SignedDuration =
         text.parse().map_err(|_| "expected a time such as 15s, 5m or 1h30m".to_owned())?;
-    Duration::try_from(duration).map_err(|_| "a time cannot be negative".to_owned())
+    let duration = Duration::try_from(duration).map_err(|_| "a time cannot be negative".to_owned())?;
+    // More than any flag could mean, and far from what arithmetic could not hold.
+    if duration > TEN_YEARS { Err("at most 87600h, ten years".to_owned()) } else { Ok(duration) }
+}
+
+/// A time of at least a second: what recurs at it must not become a busy loop.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = duration(text)?;
+    if interval < Duration::from_secs(1) { Err("at least 1s".to_owned()) } else { Ok(interval) }
+}
+
+const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// The name of an object: <https://kubernetes.io/docs/concepts/overview/working-with-objects/names/>.
+fn object_name(text: &str) -> Result<String, String> {
+    let label = |label: &str| {
+        let edge = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+        let bytes = label.as_bytes();
+        bytes.iter().all(|b| edge(*b) || *b == b'-')
+            && bytes.first().is_some_and(|b| edge(*b))
+            && bytes.last().is_some_and(|b| edge(*b))
+    };
+    if text.len() <= 253 && text.split('.').all(label) {
+        Ok(text.to_owned())
+    } else {
+        Err("expected the name of an object: lower-case letters, digits, - and .".to_owned())
+    }
 }
 
 fn webhook_url(text: &str) -> Result<WebhookUrl, String> {
@@ -301,6 +327,11 @@ mod tests {
         assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
         assert!(duration("15").is_err());
         assert!(duration("-1s").is_err());
+        assert!(duration("99999999h").is_err());
+        assert!(interval("0s").is_err());
+        assert!(object_name("ecr-cname.x").is_ok());
+        assert!(object_name("x\"}").is_err());
+        assert!(object_name("").is_err());
         let url = webhook_url("https://127.0.0.1:8443/").unwrap();
         assert_eq!((url.base.as_str(), url.host.as_str()), ("https://127.0.0.1:8443", "127.0.0.1"));
         assert!(webhook_url("http://127.0.0.1").is_err());

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures::future::join_all;
+use futures::{StreamExt as _, stream::FuturesUnordered};
 use hickory_resolver::{
     TokioResolver,
     config::{NameServerConfig, ResolveHosts, ResolverConfig},
@@ -25,6 +25,8 @@ use crate::{
 
 /// How many CNAMEs are followed from one host.
 const MAX_HOPS: usize = 8;
+/// How long following one host may take.
+const MAX_TIME: Duration = Duration::from_secs(10);
 /// The pause after a failure doubles from [`Bounds::min`] to this many times it.
 const MAX_BACKOFF: u32 = 4;
 
@@ -151,6 +153,13 @@ impl Dns {
         Err(Problem::Endless { host: host.to_string() })
     }
 
+    async fn follow_in_time(&self, host: &Host, target: &Target) -> Result<(EcrHost, Duration), Problem> {
+        tokio::time::timeout(MAX_TIME, self.follow(host, target)).await.unwrap_or_else(|_| {
+            let problem = format!("no answer within {} s", MAX_TIME.as_secs());
+            Err(Problem::Failed { name: host.name().to_owned(), problem })
+        })
+    }
+
     /// The CNAME of a name, and for how long that holds.
     async fn cname(&self, name: &str) -> Result<Option<(String, Duration)>, Problem> {
         let failed = |problem: String| Problem::Failed { name: name.to_owned(), problem };
@@ -161,6 +170,7 @@ impl Dns {
             Ok(answer) => answer,
             // The name exists but has no CNAME; that it does not exist is an error.
             Err(error) if error.is_no_records_found() && !error.is_nx_domain() => return Ok(None),
+            Err(error) if error.is_nx_domain() => return Err(failed("the name does not exist".to_owned())),
             Err(error) => return Err(failed(error.to_string())),
         };
         Ok(answer.answers().iter().find_map(|record| match &record.data {
@@ -181,44 +191,31 @@ pub async fn keep(
     mut aliases: watch::Receiver<Arc<Aliases>>,
     answers: watch::Sender<Arc<Answers>>,
 ) {
-    let mut schedule: HashMap<(String, Host), Schedule> = HashMap::new();
+    let mut schedule: HashMap<Key, Schedule> = HashMap::new();
     let mut current = Answers::new();
+    let mut asking = FuturesUnordered::new();
     loop {
-        let followed: Vec<Alias> = aliases
-            .borrow_and_update()
+        let snapshot = aliases.borrow_and_update().clone();
+        let followed: HashMap<Key, &Alias> = snapshot
             .accepted
             .aliases
             .iter()
-            .filter(|a| matches!(a.target, Target::Cname { .. }))
-            .cloned()
+            .filter(|alias| matches!(alias.target, Target::Cname { .. }))
+            .map(|alias| ((alias.name.clone(), alias.host.clone()), alias))
             .collect();
-        let key = |alias: &Alias| (alias.name.clone(), alias.host.clone());
-        schedule.retain(|k, s| followed.iter().any(|a| key(a) == *k && a.target == s.target));
+        schedule.retain(|key, s| followed.get(key).is_some_and(|alias| alias.target == s.target));
         current.retain(|name, answer| schedule.contains_key(&(name.clone(), answer.host.clone())));
-        let now = Instant::now();
-        let due = followed.iter().filter(|a| schedule.get(&key(a)).is_none_or(|s| s.at <= now));
-        let looked_up =
-            join_all(due.map(async |alias| (alias, dns.follow(&alias.host, &alias.target).await))).await;
-        for (alias, result) in looked_up {
-            let before = schedule.get(&key(alias)).map_or(0, |s| s.failures);
-            let (pause, failures) = match &result {
-                Ok((_, ttl)) => ((*ttl).clamp(bounds.min, bounds.max), 0),
-                Err(Problem::Failed { .. }) => {
-                    (bounds.min * 2u32.pow(before.min(8)).min(MAX_BACKOFF), before + 1)
-                }
-                // DNS answers, if not what is wanted.
-                Err(_) => (bounds.min, 0),
-            };
-            let at = Instant::now() + pause;
-            schedule.insert(key(alias), Schedule { at, failures, target: alias.target.clone() });
-            let answer = Answer { host: alias.host.clone(), registry: result.map(|(registry, _)| registry) };
-            if current.get(&alias.name) != Some(&answer) {
-                match &answer.registry {
-                    Ok(registry) => info!(alias = alias.name, %registry, "followed DNS"),
-                    Err(problem) => warn!(alias = alias.name, %problem, "DNS names no registry"),
-                }
+        for (key, alias) in followed {
+            let fresh = || Schedule { at: None, failures: 0, target: alias.target.clone(), asking: false };
+            let entry = schedule.entry(key.clone()).or_insert_with(fresh);
+            if !entry.asking && entry.at.is_none_or(|at| at <= Instant::now()) {
+                entry.asking = true;
+                let (dns, target) = (dns.clone(), alias.target.clone());
+                asking.push(async move {
+                    let result = dns.follow_in_time(&key.1, &target).await;
+                    (key, target, result)
+                });
             }
-            current.insert(alias.name.clone(), answer);
         }
         answers.send_if_modified(|old| {
             let changed = **old != current;
@@ -227,18 +224,57 @@ pub async fn keep(
             }
             changed
         });
-        let next = schedule.values().map(|s| s.at).min();
+        let next = schedule.values().filter(|s| !s.asking).filter_map(|s| s.at).min();
         let sleep = next.map_or(Duration::from_secs(3600), |at| at.saturating_duration_since(Instant::now()));
         tokio::select! {
             alive = aliases.changed() => if alive.is_err() { return },
+            Some((key, target, result)) = asking.next() => {
+                // An answer to a question that is not asked any more is dropped.
+                if let Some(entry) = schedule.get_mut(&key).filter(|s| s.target == target) {
+                    entry.record(&result, bounds);
+                    let (name, host) = key;
+                    let answer = Answer { host, registry: result.map(|(registry, _)| registry) };
+                    announce(&name, current.get(&name), &answer);
+                    current.insert(name, answer);
+                }
+            }
             () = tokio::time::sleep(sleep) => {}
         }
     }
 }
 
+/// Says in the log what DNS says, if it says something else than before.
+fn announce(alias: &str, before: Option<&Answer>, answer: &Answer) {
+    if before != Some(answer) {
+        match &answer.registry {
+            Ok(registry) => info!(alias, %registry, "followed DNS"),
+            Err(problem) => warn!(alias, %problem, "DNS names no registry"),
+        }
+    }
+}
+
+/// An alias's name and host.
+type Key = (String, Host);
+
 /// When a host is looked up next.
 struct Schedule {
-    at: Instant,
+    at: Option<Instant>,
     failures: u32,
     target: Target,
+    asking: bool,
+}
+
+impl Schedule {
+    fn record(&mut self, result: &Result<(EcrHost, Duration), Problem>, bounds: Bounds) {
+        let pause = match result {
+            Ok((_, ttl)) => (*ttl).clamp(bounds.min, bounds.max),
+            Err(Problem::Failed { .. }) => bounds.min * 2u32.pow(self.failures.min(8)).min(MAX_BACKOFF),
+            // DNS answers, if not what is wanted.
+            Err(_) => bounds.min,
+        };
+        let failed = matches!(result, Err(Problem::Failed { .. }));
+        self.failures = if failed { self.failures.saturating_add(1) } else { 0 };
+        self.at = Some(Instant::now() + pause);
+        self.asking = false;
+    }
 }

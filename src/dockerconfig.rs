@@ -10,6 +10,8 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use secrecy::{ExposeSecret, SecretString, zeroize::Zeroizing};
 use serde::Deserialize;
 
+use crate::registry::EcrHost;
+
 /// The most bytes of data a Secret may hold: <https://kubernetes.io/docs/concepts/configuration/secret/#restriction-data-size>.
 pub const MAX_BYTES: usize = 1024 * 1024;
 
@@ -49,7 +51,7 @@ pub fn render<'a>(auths: impl IntoIterator<Item = (&'a str, &'a SecretString)>) 
     let mut out = Zeroizing::new(String::with_capacity(size));
     out.push_str(r#"{"auths":{"#);
     for (i, (host, auth)) in auths.iter().enumerate() {
-        // Hosts and base64 need no escapes.
+        // The hosts of ECR registries and base64 need no escapes.
         for part in [if i == 0 { "\"" } else { ",\"" }, host, r#"":{"auth":""#, auth, "\"}"] {
             out.push_str(part);
         }
@@ -58,7 +60,8 @@ pub fn render<'a>(auths: impl IntoIterator<Item = (&'a str, &'a SecretString)>) 
     out
 }
 
-/// Reads registry host → `auth` back from a docker config. What cannot be read counts as not there.
+/// Reads registry host → `auth` back from a docker config. What is not the host of an ECR registry, or no usable `auth`,
+/// counts as not there.
 #[must_use]
 pub fn parse(config: &[u8]) -> BTreeMap<String, SecretString> {
     #[derive(Deserialize)]
@@ -71,7 +74,12 @@ pub fn parse(config: &[u8]) -> BTreeMap<String, SecretString> {
         auth: Option<SecretString>,
     }
     let config: Config = serde_json::from_slice(config).unwrap_or(Config { auths: BTreeMap::new() });
-    config.auths.into_iter().filter_map(|(host, entry)| Some((host, entry.auth?))).collect()
+    let usable = |(host, entry): (String, Entry)| {
+        let auth = entry.auth?;
+        let valid = host.parse::<EcrHost>().is_ok() && check_auth(auth.expose_secret()).is_ok();
+        valid.then_some((host, auth))
+    };
+    config.auths.into_iter().filter_map(usable).collect()
 }
 
 #[cfg(test)]
@@ -81,14 +89,14 @@ mod tests {
     #[test]
     fn renders_only_auth_by_exact_host_and_reads_it_back() {
         let auth = SecretString::from(STANDARD.encode("AWS:secret"));
-        let text = render([("b.example", &auth), ("a.example", &auth)]);
-        assert_eq!(
-            *text,
-            r#"{"auths":{"a.example":{"auth":"QVdTOnNlY3JldA=="},"b.example":{"auth":"QVdTOnNlY3JldA=="}}}"#
-        );
+        let (a, b) =
+            ("123456789012.dkr.ecr.us-east-1.amazonaws.com", "210987654321.dkr.ecr.us-east-1.amazonaws.com");
+        let text = render([(b, &auth), (a, &auth)]);
+        let entry = r#"{"auth":"QVdTOnNlY3JldA=="}"#;
+        assert_eq!(*text, format!(r#"{{"auths":{{"{a}":{entry},"{b}":{entry}}}}}"#));
         let back = parse(text.as_bytes());
-        assert_eq!(back.keys().collect::<Vec<_>>(), ["a.example", "b.example"]);
-        assert_eq!(back["a.example"].expose_secret(), auth.expose_secret());
+        assert_eq!(back.keys().collect::<Vec<_>>(), [a, b]);
+        assert_eq!(back[a].expose_secret(), auth.expose_secret());
         assert!(serde_json::from_str::<serde_json::Value>(&text).is_ok());
     }
 
@@ -105,7 +113,14 @@ mod tests {
 
     #[test]
     fn a_broken_config_is_an_empty_one() {
-        for text in ["", "{", "[]", r#"{"auths":[]}"#, r#"{"auths":{"a":{"auth":1}}}"#] {
+        for text in [
+            "",
+            "{",
+            "[]",
+            r#"{"auths":[]}"#,
+            r#"{"auths":{"a":{"auth":1}}}"#,
+            r#"{"auths":{"a\"b":{"auth":"QVdTOng="}}}"#,
+        ] {
             assert!(parse(text.as_bytes()).is_empty(), "{text}");
         }
     }

@@ -192,6 +192,11 @@ impl Ecr {
         Ok(Token { auth, expires_at, lifetime })
     }
 
+    /// Forgets the clients, and with them the credentials, of principals that are not needed any more.
+    pub fn retain(&self, needed: impl Fn(&Principal) -> bool) {
+        self.lock().retain(|principal, _| needed(principal));
+    }
+
     async fn client(&self, principal: &Principal) -> Client {
         if let Some(client) = self.lock().get(principal) {
             return client.clone();

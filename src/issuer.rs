@@ -13,14 +13,13 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client,
-    api::{Patch, PatchParams},
+    api::{ObjectMeta, Patch, PatchParams, PostParams},
 };
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
     IsCa, KeyPair, KeyUsagePurpose,
 };
 use rustls::pki_types::{CertificateDer, pem::PemObject};
-use serde_json::json;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
@@ -78,7 +77,12 @@ enum Step {
     Prepare,
     /// Let the next leaf take over.
     Promote,
+    /// Nothing: the Secret is someone else's.
+    LeaveAlone,
 }
+
+/// The shortest time between two writes.
+const MIN_PAUSE: Duration = Duration::from_millis(500);
 
 /// Keeps the certificate, for ever. `registered` is the webhook configuration as a watch sees it.
 pub async fn keep(
@@ -101,14 +105,29 @@ pub async fn keep(
                 Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default()
             }
             Step::WaitForTrust => Duration::from_secs(3600),
-            doing => match perform(&api, &settings, current.as_deref(), doing).await {
-                // The watch brings the Secret back; if it does not, another look does no harm.
-                Ok(()) => Duration::from_secs(5),
-                Err(error) => {
+            Step::LeaveAlone => {
+                warn!(
+                    secret = settings.secret,
+                    "the Secret of the serving certificate is not ours (no label {}={}): \
+                     start with --certificate=external, or delete it",
+                    MANAGED_BY.0,
+                    MANAGED_BY.1
+                );
+                Duration::from_secs(3600)
+            }
+            doing => {
+                if let Err(error) = perform(&api, &settings, current.as_deref(), doing).await {
                     warn!(error = %chain(&error), "the serving certificate could not be renewed; trying again");
-                    Duration::from_secs(5)
                 }
-            },
+                // Only what the watch says of the Secret is the next step's ground; it says so within moments.
+                tokio::select! {
+                    alive = secret.changed() => if alive.is_err() { return },
+                    () = tokio::time::sleep(Duration::from_secs(5)) => {}
+                }
+                // Whoever else might write it, this is no race.
+                tokio::time::sleep(MIN_PAUSE).await;
+                continue;
+            }
         };
         tokio::select! {
             alive = secret.changed() => if alive.is_err() { return },
@@ -125,6 +144,10 @@ fn step(
     trusted_since: Option<Timestamp>,
     now: Timestamp,
 ) -> Step {
+    let ours = |s: &Secret| s.metadata.labels.as_ref()?.get(MANAGED_BY.0).map(|v| v == MANAGED_BY.1);
+    if secret.is_some_and(|s| ours(s) != Some(true)) {
+        return Step::LeaveAlone;
+    }
     let Some((serving, _)) = secret.and_then(|s| pair(s, CRT, KEY)) else { return Step::Issue };
     let Ok(expires) = not_after(&serving) else { return Step::Issue };
     let for_our_names = secret.is_some_and(|s| names_of(s) == settings.names.join(","));
@@ -161,7 +184,7 @@ async fn perform(
     let old = |key: &str| current.and_then(|s| s.data.as_ref()?.get(key)).map(|b| b.0.clone());
     let mut data: BTreeMap<&str, Vec<u8>> = BTreeMap::new();
     match step {
-        Step::Wait(_) | Step::WaitForTrust => return Ok(()),
+        Step::Wait(_) | Step::WaitForTrust | Step::LeaveAlone => return Ok(()),
         Step::Issue => {
             let issued = issue(settings)?;
             info!(names = ?settings.names, "issuing the serving certificate");
@@ -181,23 +204,36 @@ async fn perform(
             data.extend(moves.into_iter().filter_map(|(to, from)| Some((to, old(from)?))));
         }
     }
-    let data: BTreeMap<_, _> = data.into_iter().map(|(k, v)| (k, ByteString(v))).collect();
-    let patch = json!({
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "type": "kubernetes.io/tls",
-        "metadata": {
-            "name": settings.secret,
-            "labels": { MANAGED_BY.0: MANAGED_BY.1, "app.kubernetes.io/name": "ecr-cname" },
-            "annotations": { NAMES: settings.names.join(",") },
-            // Two leaders cannot be; if they were, the second would fail here and look again.
-            "resourceVersion": current.and_then(|s| s.metadata.resource_version.clone()),
+    let data = data.into_iter().map(|(k, v)| (k.to_owned(), ByteString(v))).collect();
+    let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    let secret = Secret {
+        metadata: ObjectMeta {
+            name: Some(settings.secret.clone()),
+            labels: Some(
+                [pair(MANAGED_BY.0, MANAGED_BY.1), pair("app.kubernetes.io/name", "ecr-cname")].into(),
+            ),
+            annotations: Some([pair(NAMES, &settings.names.join(","))].into()),
+            // Were there two leaders, the second would fail here and look again.
+            resource_version: current.and_then(|s| s.metadata.resource_version.clone()),
+            ..ObjectMeta::default()
         },
-        "data": data,
-    });
-    let params = PatchParams::apply(FIELD_MANAGER).force();
-    bounded(api.patch(&settings.secret, &params, &Patch::Apply(&patch)))
-        .await
+        type_: Some("kubernetes.io/tls".to_owned()),
+        data: Some(data),
+        ..Secret::default()
+    };
+    let written = match current {
+        Some(_) => {
+            let params = PatchParams::apply(FIELD_MANAGER).force();
+            bounded(api.patch(&settings.secret, &params, &Patch::Apply(&secret))).await
+        }
+        // Where one has come to be meanwhile, this is a conflict.
+        None => {
+            let params =
+                PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
+            bounded(api.create(&params, &secret)).await
+        }
+    };
+    written
         .map_err(|source| IssueError::Write { name: settings.secret.clone(), source: Box::new(source) })?;
     Ok(())
 }
@@ -288,6 +324,7 @@ mod tests {
 
     fn secret(data: &[(&str, Vec<u8>)]) -> Secret {
         let mut secret = Secret::default();
+        secret.metadata.labels = Some([(MANAGED_BY.0.to_owned(), MANAGED_BY.1.to_owned())].into());
         secret.metadata.annotations = Some([(NAMES.to_owned(), settings().names.join(","))].into());
         secret.data = Some(data.iter().map(|(k, v)| ((*k).to_owned(), ByteString(v.clone()))).collect());
         secret
@@ -315,6 +352,9 @@ mod tests {
         );
         let late = now + SignedDuration::from_hours(31);
         assert_eq!(step(Some(&secret(&both)), &settings, None, late), Step::Issue);
+        let mut foreign = secret(&serving);
+        foreign.metadata.labels = None;
+        assert_eq!(step(Some(&foreign), &settings, None, late), Step::LeaveAlone);
         let renamed = Settings { names: vec!["other".to_owned()], ..settings };
         assert_eq!(step(Some(&secret(&serving)), &renamed, None, now), Step::Issue);
     }

@@ -68,31 +68,29 @@ impl Election {
         let retry = self.settings.duration / 7;
         while !shutdown.is_cancelled() {
             let attempt = Instant::now();
-            let holds = match tokio::time::timeout(self.settings.duration / 3, self.attempt()).await {
-                Ok(Ok(holds)) => Some(holds),
+            // A leader gives up well before anyone else may take over, whatever it is waiting for then.
+            let deadline = (*self.leading.borrow()).then(|| self.renewed + self.settings.duration * 2 / 3);
+            let patience = attempt + self.settings.duration / 3;
+            let until = deadline.map_or(patience, |deadline| patience.min(deadline));
+            match tokio::time::timeout_at(until.into(), self.attempt()).await {
+                Ok(Ok(true)) => {
+                    self.renewed = attempt;
+                    self.lead(true);
+                }
+                Ok(Ok(false)) => self.lead(false),
                 Ok(Err(error)) => {
                     warn!(error = %chain(&error), "the Lease cannot be read or written; trying again");
-                    None
                 }
-                Err(_) => {
-                    warn!("the API server does not answer about the Lease; trying again");
-                    None
-                }
-            };
-            match holds {
-                Some(true) => self.renewed = attempt,
-                Some(false) => self.lead(false),
-                // Give up well before anyone else may take over.
-                None if self.renewed.elapsed() > self.settings.duration * 2 / 3 => self.lead(false),
-                None => {}
+                Err(_) => warn!("the API server does not answer about the Lease; trying again"),
             }
-            if holds == Some(true) {
-                self.lead(true);
-            }
-            let pause = retry.mul_f64(0.9 + 0.2 * fastrand::f64());
+            let next = Instant::now() + retry.mul_f64(0.9 + 0.2 * fastrand::f64());
+            let deadline = (*self.leading.borrow()).then(|| self.renewed + self.settings.duration * 2 / 3);
             tokio::select! {
                 () = shutdown.cancelled() => {}
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep_until(deadline.map_or(next, |deadline| next.min(deadline)).into()) => {}
+            }
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                self.lead(false);
             }
         }
         if *self.leading.borrow() {
@@ -134,7 +132,8 @@ impl Election {
                 self.seen = Some((lease, Instant::now()));
                 Ok(true)
             }
-            Err(kube::Error::Api(status)) if status.code == 409 => {
+            // While we lead, it may have been anyone, and the next attempt shows who holds it.
+            Err(kube::Error::Api(status)) if status.code == 409 && !*self.leading.borrow() => {
                 debug!("another replica wrote the Lease first");
                 Ok(false)
             }

@@ -1,6 +1,6 @@
 //! Process-wide things only: the crypto provider, the flags, the runtime, the exit code.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use clap::Parser as _;
 use ecr_cname::{
@@ -42,6 +42,9 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
 
 fn serve(log: &LogArgs, work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<ExitCode> {
     telemetry::init(log.log_format, &log.log)?;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work)?;
-    Ok(ExitCode::SUCCESS)
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let result = runtime.block_on(work);
+    // A name that is being looked up by the system cannot be cancelled; it is not waited for.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result.map(|()| ExitCode::SUCCESS)
 }

@@ -14,7 +14,7 @@ use k8s_openapi::{
 };
 
 use crate::{
-    alias::{Alias, Group},
+    alias::{self, Alias, Group},
     crd::PullSecret,
 };
 
@@ -23,8 +23,8 @@ pub const OPT_OUT: &str = "ecr-cname.dev/rewrite";
 /// The value that it opts out with.
 pub const OPT_OUT_VALUE: &str = "disabled";
 
-/// How many hosts one CEL expression names at the most; a longer list is split over entries.
-const HOSTS_PER_ENTRY: usize = 100;
+/// How many aliases one entry stands for at the most: its CEL expression names a host or two of each.
+const ALIASES_PER_ENTRY: usize = 100;
 
 /// Every image name in a pod, in CEL. Checked against Kubernetes 1.36.
 const IMAGES: &str = "(object.spec.containers.map(c, c.?image.orValue(''))
@@ -78,30 +78,53 @@ impl FailurePolicy {
     }
 }
 
-/// The webhook entries for the aliases that hold.
+/// Aliases of one group that one webhook entry stands for.
+#[derive(Debug)]
+pub struct Part<'a> {
+    /// The group.
+    pub group: Group,
+    /// Which part of it: groups of many aliases have several.
+    pub index: usize,
+    /// The aliases, by host.
+    pub aliases: Vec<&'a Alias>,
+    /// Names the hosts: a replica whose own digest is another knows other aliases than the API server does.
+    pub digest: String,
+}
+
+/// Splits the aliases that hold into groups, and long groups into parts. The webhook and the controller do this each for
+/// themselves, and come to the same.
 #[must_use]
-pub fn entries(aliases: &[Alias], ca_bundle: &ByteString, settings: &EntrySettings) -> Vec<MutatingWebhook> {
+pub fn parts(aliases: &[Alias]) -> Vec<Part<'_>> {
     let mut groups: BTreeMap<Group, Vec<&Alias>> = BTreeMap::new();
     for alias in aliases {
         groups.entry(alias.group()).or_default().push(alias);
     }
-    let mut entries = Vec::new();
-    for (group, aliases) in &groups {
-        let mut hosts: Vec<&str> = aliases.iter().flat_map(|a| hosts(a)).collect();
-        hosts.sort_unstable();
-        hosts.dedup();
-        let selector = aliases.first().map(|a| &a.namespace_selector);
-        for (i, hosts) in hosts.chunks(HOSTS_PER_ENTRY).enumerate() {
-            entries.push(entry(group, i, hosts, selector, ca_bundle, settings));
+    let mut parts = Vec::new();
+    for (group, mut aliases) in groups {
+        aliases.sort_by(|a, b| a.host.cmp(&b.host));
+        for (index, aliases) in aliases.chunks(ALIASES_PER_ENTRY).enumerate() {
+            let hosts: Vec<&str> = aliases.iter().flat_map(|a| hosts(a)).collect();
+            let digest = alias::digest(&hosts.join(" "));
+            parts.push(Part { group: group.clone(), index, aliases: aliases.to_vec(), digest });
         }
     }
-    entries
+    parts
 }
 
-/// The hosts for which an alias wants to be asked.
+/// The webhook entries for the aliases that hold, by name.
+#[must_use]
+pub fn entries(aliases: &[Alias], ca_bundle: &ByteString, settings: &EntrySettings) -> Vec<MutatingWebhook> {
+    parts(aliases).iter().map(|part| entry(part, ca_bundle, settings)).collect()
+}
+
+/// The hosts for which an alias wants to be asked: its own, and with `pullSecret: Registry` that of the registry.
 pub fn hosts(alias: &Alias) -> impl Iterator<Item = &str> {
+    std::iter::once(alias.host.as_str()).chain(canonical(alias))
+}
+
+fn canonical(alias: &Alias) -> Option<&str> {
     let registry = alias.registry().filter(|_| alias.pull_secret == PullSecret::Registry);
-    std::iter::once(alias.host.as_str()).chain(registry.map(|r| r.as_str()))
+    registry.map(|registry| registry.as_str())
 }
 
 /// The namespaces of a group: those that its aliases select, less the excluded ones and those that opted out.
@@ -116,15 +139,9 @@ pub fn namespace_selector(selector: Option<&LabelSelector>, excluded: &[String])
     selector
 }
 
-fn entry(
-    group: &Group,
-    part: usize,
-    hosts: &[&str],
-    selector: Option<&LabelSelector>,
-    ca_bundle: &ByteString,
-    settings: &EntrySettings,
-) -> MutatingWebhook {
-    let path = format!("/mutate/{group}");
+fn entry(part: &Part<'_>, ca_bundle: &ByteString, settings: &EntrySettings) -> MutatingWebhook {
+    let path = format!("/mutate/{}/{}", part.group, part.digest);
+    let selector = part.aliases.first().map(|alias| &alias.namespace_selector);
     let (service, url) = match &settings.endpoint {
         Endpoint::Service { namespace, name } => (
             Some(ServiceReference {
@@ -145,12 +162,12 @@ fn entry(
         scope: Some("Namespaced".to_owned()),
     };
     MutatingWebhook {
-        name: format!("{group}-{part}.ecr-cname.dev"),
+        name: format!("{}-{:03}.ecr-cname.dev", part.group, part.index),
         admission_review_versions: vec!["v1".to_owned()],
         client_config: WebhookClientConfig { ca_bundle: Some(ca_bundle.clone()), service, url },
         failure_policy: Some(settings.failure_policy.as_str().to_owned()),
         match_conditions: Some(vec![
-            MatchCondition { name: "names-an-alias".to_owned(), expression: names_one_of(hosts) },
+            MatchCondition { name: "names-an-alias".to_owned(), expression: names_one_of(&part.aliases) },
             MatchCondition {
                 name: "is-no-mirror-pod".to_owned(),
                 expression: "!('kubernetes.io/config.mirror' in object.metadata.?annotations.orValue({}))"
@@ -170,11 +187,24 @@ fn entry(
     }
 }
 
-/// A CEL expression that holds for a pod that names one of the hosts.
-fn names_one_of(hosts: &[&str]) -> String {
+/// A CEL expression that holds for a pod that names an alias. A pod that names a registry itself is of interest only
+/// when it is created: an update could not give it the pull secret, and must not depend on us.
+fn names_one_of(aliases: &[&Alias]) -> String {
     // Hosts are of the host grammar, so they need no escapes in CEL.
-    let hosts = hosts.iter().map(|h| format!("'{h}'")).collect::<Vec<_>>().join(", ");
-    format!("{IMAGES}\n.exists(i, i.split('/')[0].lowerAscii() in [{hosts}])")
+    let list = |hosts: &mut dyn Iterator<Item = &str>| {
+        let mut hosts: Vec<_> = hosts.map(|host| format!("'{host}'")).collect();
+        hosts.sort_unstable();
+        hosts.dedup();
+        format!("[{}]", hosts.join(", "))
+    };
+    let friendly = list(&mut aliases.iter().map(|alias| alias.host.as_str()));
+    let canonical = list(&mut aliases.iter().filter_map(|alias| canonical(alias)));
+    let hosts = if canonical == "[]" {
+        friendly
+    } else {
+        format!("({friendly} + (request.operation == 'CREATE' ? {canonical} : []))")
+    };
+    format!("{IMAGES}\n.exists(i, i.contains('/') && i.split('/')[0].lowerAscii() in {hosts})")
 }
 
 fn not_in(key: &str, values: Vec<String>) -> LabelSelectorRequirement {
@@ -234,13 +264,13 @@ mod tests {
             expressions.iter().any(|e| e.ends_with("in ['a.example.io', 'b.example.io'])")),
             "{expressions:?}"
         );
-        let both = format!("in ['{REGISTRY}', 't.example.io'])");
+        let both = format!("in (['t.example.io'] + (request.operation == 'CREATE' ? ['{REGISTRY}'] : [])))");
         assert!(expressions.iter().any(|e| e.ends_with(&both)), "{expressions:?}");
         for (entry, alias) in
             entries.iter().map(|e| (e, aliases.iter().find(|a| e.name.starts_with(a.group().as_str()))))
         {
-            let path = format!("/mutate/{}", alias.unwrap().group());
-            assert_eq!(entry.client_config.service.as_ref().unwrap().path.as_deref(), Some(path.as_str()));
+            let path = entry.client_config.service.as_ref().unwrap().path.as_deref().unwrap();
+            assert!(path.starts_with(&format!("/mutate/{}/", alias.unwrap().group())), "{path}");
         }
     }
 
@@ -250,8 +280,6 @@ mod tests {
             aliases((0..250).map(|i| json!({"host": format!("h{i}.example.io"), "registry": REGISTRY})));
         let entries = entries(&aliases, &ByteString(vec![]), &settings());
         assert_eq!(entries.len(), 3);
-        let mut names: Vec<_> = entries.iter().map(|e| e.name.as_str()).collect();
-        names.dedup();
-        assert_eq!(names.len(), 3);
+        assert!(entries.is_sorted_by(|a, b| a.name < b.name));
     }
 }

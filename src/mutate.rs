@@ -15,8 +15,10 @@ const MAX_TRACE: usize = 16 * 1024;
 /// What to do with a pod.
 #[derive(Debug)]
 pub enum Verdict<'a> {
-    /// Nothing in it concerns an alias.
+    /// Nothing in it is to be changed.
     Untouched,
+    /// It is new, and none of its images is at a host that the table knows.
+    Unknown,
     /// These edits, and no others.
     Mutate(Mutation<'a>),
     /// It names an alias whose registry is not known.
@@ -106,9 +108,12 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
     };
     let mut edits = Vec::new();
     let mut wants_secret = false;
+    let mut known = false;
     for image in pod.images().filter(|image| before.is_none_or(|old| !had(old, image))) {
         let Ok(reference) = ImageRef::parse(image.reference) else { continue };
-        match table.rule(&reference) {
+        let rule = table.rule(&reference);
+        known |= rule.is_some();
+        match rule {
             None => {}
             Some(Rule::Canonical) => wants_secret = true,
             Some(Rule::Unresolved { alias }) => return Verdict::Unresolved { alias, image },
@@ -124,7 +129,8 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
     let traceable = request.sub_resource.as_ref().is_none_or(|s| s.as_str().is_empty());
     let trace = (traceable && !edits.is_empty()).then(|| trace(pod, &edits));
     if edits.is_empty() && pull_secret.is_none() {
-        return Verdict::Untouched;
+        let unknown = !known && request.operation == Operation::Create;
+        return if unknown { Verdict::Unknown } else { Verdict::Untouched };
     }
     Verdict::Mutate(Mutation { edits, pull_secret, trace })
 }

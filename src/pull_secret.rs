@@ -38,9 +38,11 @@ pub struct Holding {
 pub struct Observed {
     /// Its UID. It never changes, because kubelet re-authorises cached images by it (KEP-2535).
     pub uid: String,
+    /// The version that was observed.
+    pub resource_version: String,
     /// Whether it is ours to touch.
     pub ours: bool,
-    /// Whether its data and type are still as we wrote them.
+    /// Whether its data, and what the annotation says of them, are still as we wrote them.
     pub intact: bool,
     /// What it holds.
     pub contents: Contents,
@@ -81,13 +83,23 @@ impl Observed {
         let annotation = |key: &str| meta.annotations.as_ref()?.get(key);
         let ours = meta.labels.as_ref().and_then(|l| l.get(MANAGED_BY.0)).is_some_and(|v| v == MANAGED_BY.1);
         // Whoever changes a field takes its ownership over, so that a foreign write shows without reading the data.
-        let intact = meta.managed_fields.iter().flatten().any(|m| {
-            m.manager.as_deref() == Some(FIELD_MANAGER)
-                && m.fields_v1.as_ref().is_some_and(|f| f.0["f:data"][format!("f:{DATA_KEY}")].is_object())
-        });
+        let owns = |pointer: &str| {
+            meta.managed_fields.iter().flatten().any(|m| {
+                m.manager.as_deref() == Some(FIELD_MANAGER)
+                    && m.fields_v1.as_ref().is_some_and(|f| f.0.pointer(pointer).is_some())
+            })
+        };
+        let intact = owns("/f:data/f:.dockerconfigjson")
+            && owns("/f:metadata/f:annotations/f:ecr-cname.dev~1contents");
         let contents =
             annotation(CONTENTS).and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
-        Self { uid: meta.uid.clone().unwrap_or_default(), ours, intact, contents }
+        Self {
+            uid: meta.uid.clone().unwrap_or_default(),
+            resource_version: meta.resource_version.clone().unwrap_or_default(),
+            ours,
+            intact,
+            contents,
+        }
     }
 
     /// Whether it holds a token for a registry that has not expired.
@@ -169,6 +181,7 @@ mod tests {
         let holding = |h| Holding { expires_at: hours(h), identity: "operator".to_owned() };
         Observed {
             uid: "u".to_owned(),
+            resource_version: "7".to_owned(),
             ours: true,
             intact: true,
             contents: contents.iter().map(|(host, h)| ((*host).to_owned(), holding(*h))).collect(),
@@ -265,18 +278,22 @@ mod tests {
 
     #[test]
     fn drift_and_ownership_show_in_the_metadata() {
-        let secret = |manager: &str, label: &str| -> PartialObjectMeta<Secret> {
+        let secret = |data: &str, annotation: &str, label: &str| -> PartialObjectMeta<Secret> {
             serde_json::from_value(json!({"apiVersion": "v1", "kind": "Secret", "metadata": {
-                "name": "ecr-cname", "uid": "u", "labels": {MANAGED_BY.0: label},
-                "annotations": {CONTENTS: r#"{"a":{"expiresAt":"2026-01-01T02:00:00Z","identity":"operator"}}"#},
-                "managedFields": [
-                    {"manager": FIELD_MANAGER, "operation": "Apply", "fieldsV1": {"f:metadata": {}}},
-                    {"manager": manager, "operation": "Update", "fieldsV1": {"f:data": {"f:.dockerconfigjson": {}}}},
-                ]}}))
+            "name": "ecr-cname", "uid": "u", "resourceVersion": "7", "labels": {MANAGED_BY.0: label},
+            "annotations": {CONTENTS: r#"{"a":{"expiresAt":"2026-01-01T02:00:00Z","identity":"operator"}}"#},
+            "managedFields": [
+                {"manager": annotation, "operation": "Apply",
+                 "fieldsV1": {"f:metadata": {"f:annotations": {format!("f:{CONTENTS}"): {}}}}},
+                {"manager": data, "operation": "Update",
+                 "fieldsV1": {"f:data": {format!("f:{DATA_KEY}"): {}}}},
+            ]}}))
             .unwrap()
         };
-        assert_eq!(Observed::of(&secret(FIELD_MANAGER, "ecr-cname")), observed(&[("a", 2)]));
-        assert!(!Observed::of(&secret("kubectl-edit", "ecr-cname")).intact);
-        assert!(!Observed::of(&secret(FIELD_MANAGER, "helm")).ours);
+        let ours = FIELD_MANAGER;
+        assert_eq!(Observed::of(&secret(ours, ours, "ecr-cname")), observed(&[("a", 2)]));
+        assert!(!Observed::of(&secret("kubectl-edit", ours, "ecr-cname")).intact);
+        assert!(!Observed::of(&secret(ours, "kubectl-annotate", "ecr-cname")).intact);
+        assert!(!Observed::of(&secret(ours, ours, "helm")).ours);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{future::pending, net::TcpListener, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use arc_swap::ArcSwap;
 use jiff::SignedDuration;
 use k8s_openapi::api::{admissionregistration::v1::MutatingWebhookConfiguration, core::v1::Secret};
@@ -12,7 +12,7 @@ use kube::{
 };
 use prometheus_client::registry::Registry;
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinSet,
 };
@@ -31,7 +31,7 @@ use crate::{
     status,
     table::AliasTable,
     tokens::{self, TokenMetrics},
-    watch::{Aliases, bounded, follow_aliases, follow_one},
+    watch::{Aliases, READ_TIMEOUT, bounded, follow_aliases, follow_one},
     webhook::{self, Limits, Webhook},
 };
 
@@ -85,6 +85,8 @@ pub async fn run(
         namespace = process.namespace,
         "starting"
     );
+    // First of all: as the first process of a container, one that has no handler is not stopped by SIGTERM.
+    let signals = Signals::new().context("signals cannot be handled")?;
     let client = client().await?;
     let readiness = Readiness::default();
     let mut registry = metrics::registry();
@@ -115,7 +117,7 @@ pub async fn run(
     let listener = listen(process.admin_listen, "the admin port (--admin-listen)")?;
     let admin = admin::serve(listener, readiness.clone(), Arc::new(registry), tasks.shutdown.clone());
     tasks.try_spawn("admin server", async { admin.await.context("the admin server failed") });
-    supervise(tasks, &readiness, &process).await
+    supervise(tasks, signals, &readiness, &process).await
 }
 
 fn start_webhook(
@@ -156,15 +158,6 @@ async fn start_controller(
     registry: &mut Registry,
     tasks: &mut Tasks,
 ) -> anyhow::Result<()> {
-    let (leading_send, leading) = watch::channel(false);
-    let settings = lease::Settings {
-        name: args.lease.clone(),
-        holder: format!("{}_{:08x}", process.pod_name, fastrand::u32(..)),
-        duration: args.lease_duration,
-    };
-    let election = lease::Election::new(client.clone(), &process.namespace, settings, leading_send, registry);
-    tasks.spawn("leader election", election.run(tasks.shutdown.clone()));
-
     let (configuration_send, configuration) = watch::channel(None::<Arc<MutatingWebhookConfiguration>>);
     let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
     let (name, gate) =
@@ -185,6 +178,24 @@ async fn start_controller(
         token_metrics: TokenMetrics::new(registry),
         secret_metrics: secrets::SecretMetrics::new(registry),
     };
+    let synced = leader.synced();
+    let (leading_send, leading) = watch::channel(false);
+    let settings = lease::Settings {
+        name: leader.args.lease.clone(),
+        holder: format!("{}_{:08x}", process.pod_name, fastrand::u32(..)),
+        duration: leader.args.lease_duration,
+    };
+    let election =
+        lease::Election::new(leader.client.clone(), &process.namespace, settings, leading_send, registry);
+    let shutdown = tasks.shutdown.clone();
+    tasks.spawn("leader election", async move {
+        // Whoever leads before it knows what is there would take what it has not read yet for gone.
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = synced => {}
+        }
+        election.run(shutdown).await;
+    });
     tasks.spawn_until_shutdown("leader", leader.lead_while(leading));
     Ok(())
 }
@@ -204,6 +215,18 @@ struct Leader {
 }
 
 impl Leader {
+    /// Waits until the watches that the leader acts on have said what there is.
+    fn synced(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (mut aliases, mut certificate) = (self.aliases.clone(), self.certificate.clone());
+        let mut configuration = self.configuration.clone();
+        async move {
+            // A channel that is closed belongs to a task that died, which ends the process.
+            let _ = aliases.changed().await;
+            let _ = certificate.changed().await;
+            let _ = configuration.changed().await;
+        }
+    }
+
     /// Acts while `leading` says so. What is under way when it no longer does is dropped on the spot.
     async fn lead_while(self, mut leading: watch::Receiver<bool>) {
         loop {
@@ -217,7 +240,11 @@ impl Leader {
                 let _ = lost.wait_for(|leads| !*leads).await;
             };
             tokio::select! {
-                () = lost => warn!("not the leader any more"),
+                () = lost => {
+                    warn!("not the leader any more");
+                    self.token_metrics.clear();
+                    self.secret_metrics.clear();
+                }
                 () = self.lead() => return,
             }
         }
@@ -318,13 +345,34 @@ impl Leader {
     }
 }
 
+/// What tells the process to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Waits for a signal or for a task to die; then stops everything within its bounds.
-async fn supervise(mut tasks: Tasks, readiness: &Readiness, process: &Process) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("signals cannot be handled")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("signals cannot be handled")?;
+async fn supervise(
+    mut tasks: Tasks,
+    mut signals: Signals,
+    readiness: &Readiness,
+    process: &Process,
+) -> anyhow::Result<()> {
     let died = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
+        () = signals.next() => None,
         ended = tasks.set.join_next() => Some(obituary(ended)),
     };
     readiness.stop();
@@ -332,8 +380,7 @@ async fn supervise(mut tasks: Tasks, readiness: &Readiness, process: &Process) -
         info!(delay_s = process.shutdown_delay.as_secs(), "shutting down: not ready any more");
         tokio::select! {
             () = tokio::time::sleep(process.shutdown_delay) => {}
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
+            () = signals.next() => {}
         }
     }
     tasks.shutdown.cancel();
@@ -341,8 +388,7 @@ async fn supervise(mut tasks: Tasks, readiness: &Readiness, process: &Process) -
     tokio::select! {
         () = drained => info!("stopped"),
         () = tokio::time::sleep(process.drain + Duration::from_secs(5)) => warn!("stopped before everything had finished"),
-        _ = terminate.recv() => warn!("stopped at once, by a second signal"),
-        _ = interrupt.recv() => warn!("stopped at once, by a second signal"),
+        () = signals.next() => warn!("stopped at once, by a second signal"),
     }
     died.map_or(Ok(()), Err)
 }
@@ -367,10 +413,13 @@ pub async fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
     let removed = registration::remove_all(&client, &args.webhook_configuration)
         .await
         .with_context(|| format!("the entries of {:?} cannot be removed", args.webhook_configuration))?;
-    let deleted = secrets::delete_all(&client, &args.pull_secret)
+    let (deleted, failed) = secrets::delete_all(&client, &args.pull_secret)
         .await
-        .with_context(|| format!("the pull secrets {:?} cannot be deleted", args.pull_secret))?;
-    info!(webhook_entries = removed, pull_secrets = deleted, "cleaned up");
+        .with_context(|| format!("the pull secrets {:?} cannot be listed", args.pull_secret))?;
+    info!(webhook_entries = removed, pull_secrets = deleted - failed, "cleaned up");
+    if failed > 0 {
+        bail!("{failed} of {deleted} pull secrets could not be deleted; the log says why");
+    }
     Ok(())
 }
 
@@ -379,6 +428,11 @@ async fn client() -> anyhow::Result<Client> {
         .await
         .context("no way to the API server: run in a cluster, or set KUBECONFIG to a kubeconfig file")?;
     config.connect_timeout = Some(Duration::from_secs(5));
+    // A list or the head of a watch that never comes must be noticed, too. A watch that is idle gets bookmarks, and ends
+    // before this.
+    config.read_timeout = Some(READ_TIMEOUT);
+    // Every loop of ours has a back-off of its own; a second one below it would only hide what happens.
+    config.default_retry = false;
     let client = Client::try_from(config).context("the client of the API server cannot be set up")?;
     match bounded(client.apiserver_version()).await {
         Ok(version) => info!(kubernetes = version.git_version, "reached the API server"),

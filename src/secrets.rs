@@ -3,18 +3,19 @@
 //! One loop owns all state and decides; only the calls to the API server run side by side, at most one for a
 //! namespace. So a namespace that fails (a quota, a foreign admission policy) holds up no other.
 
+mod call;
+
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
     time::Duration,
 };
 
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Namespace, Secret};
+use k8s_openapi::api::core::v1::{Namespace, ObjectReference, Secret};
 use kube::{
-    Api, Client, Resource as _,
-    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    Api, Client,
     core::{PartialObjectMeta, Selector, SelectorExt as _},
     runtime::{
         events::{Event, EventType, Recorder},
@@ -26,8 +27,6 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
-use secrecy::{SecretString, zeroize::Zeroizing};
-use serde_json::json;
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
@@ -37,16 +36,13 @@ use tracing::{debug, info, warn};
 use crate::{
     alias::{Alias, Identity},
     crd::PullSecret,
-    dockerconfig,
     ecr::Token,
     matching,
-    pull_secret::{
-        CONTENTS, Contents, DATA_KEY, EXPIRES_AT, FIELD_MANAGER, Holding, MANAGED_BY, Observed, Plan, Wanted,
-        plan,
-    },
+    pull_secret::{MANAGED_BY, Observed, Plan, Wanted, plan},
     tokens::Tokens,
     watch::{Aliases, Change, bounded, chain, follow},
 };
+use call::{Call, CallError};
 
 /// How many calls run at one time.
 const CONCURRENCY: usize = 32;
@@ -54,6 +50,10 @@ const CONCURRENCY: usize = 32;
 const MAX_BACKOFF: Duration = Duration::from_secs(300);
 /// How often the summary is made anew at the most.
 const SUMMARY_EVERY: Duration = Duration::from_millis(250);
+/// How many problems a summary names.
+const MAX_PROBLEMS: usize = 3;
+/// How many Events may wait to be written; further ones are dropped, for the condition says the same.
+const EVENTS: usize = 64;
 
 /// Which Secrets are kept, and where not.
 #[derive(Clone, Debug)]
@@ -74,12 +74,9 @@ pub struct Synced {
     pub selected: u32,
     /// How many of them hold a live token for its registry.
     pub synced: u32,
-    /// A few of those that have a problem, and which.
+    /// The first few of those that have a problem, and which.
     pub problems: Vec<(String, String)>,
 }
-
-/// How many problems a summary names.
-const MAX_PROBLEMS: usize = 3;
 
 /// Keeps the pull secrets of all namespaces, for ever.
 pub async fn keep(
@@ -103,15 +100,16 @@ pub async fn keep(
         watcher::Config::default().fields(&fields),
         forward(&send, Seen::Secret),
     );
+    let (events, reports) = mpsc::channel(EVENTS);
     let keeper = Keeper {
         client,
         settings,
         aliases,
         tokens,
         summary,
-        recorder,
+        events,
         metrics,
-        namespaces: HashMap::new(),
+        namespaces: BTreeMap::new(),
         groups: Vec::new(),
         dirty: BTreeSet::new(),
         timers: BTreeSet::new(),
@@ -120,6 +118,7 @@ pub async fn keep(
     tokio::select! {
         () = namespaces => {},
         () = secrets => {},
+        () = report(recorder, reports) => {},
         () = keeper.run(changes) => {},
     }
 }
@@ -144,21 +143,28 @@ struct Keeper {
     aliases: watch::Receiver<Arc<Aliases>>,
     tokens: watch::Receiver<Arc<Tokens>>,
     summary: watch::Sender<Arc<Summary>>,
-    recorder: Recorder,
+    events: mpsc::Sender<(ObjectReference, Event)>,
     metrics: SecretMetrics,
-    namespaces: HashMap<String, State>,
-    /// The selectors in use, each with the aliases that share it.
-    groups: Vec<(Selector, Vec<Alias>)>,
+    namespaces: BTreeMap<String, State>,
+    groups: Vec<Group>,
     dirty: BTreeSet<String>,
     timers: BTreeSet<(Instant, String)>,
     /// Which of the two watches have said what is there.
     synced: HashSet<&'static str>,
 }
 
+/// The aliases that share a namespace selector, each with its place in the order of age.
+#[derive(PartialEq)]
+struct Group {
+    selector: Selector,
+    aliases: Vec<(usize, Alias)>,
+}
+
 /// What is known of one namespace.
 #[derive(Default)]
 struct State {
-    /// Its labels, once it has been seen; a Secret may be seen before its namespace.
+    /// Its UID and labels, once it has been seen; a Secret may be seen before its namespace.
+    uid: Option<String>,
     labels: Option<BTreeMap<String, String>>,
     terminating: bool,
     /// The places in [`Keeper::groups`] of the selectors that select it.
@@ -169,31 +175,37 @@ struct State {
     failures: u32,
     not_before: Option<Instant>,
     problem: Option<String>,
+    /// When it is looked at again, as it stands in [`Keeper::timers`].
+    timer: Option<Instant>,
+}
+
+/// Whose token a registry gets in one namespace.
+struct Choice<'a> {
+    identity: &'a Identity,
+    token: Option<Arc<Token>>,
 }
 
 /// What came of a call.
 struct Done {
     namespace: String,
-    result: Result<Option<Observed>, kube::Error>,
+    uid: Option<String>,
+    result: Result<Option<Observed>, CallError>,
 }
-
-type Calls = FuturesUnordered<BoxFuture<'static, Done>>;
 
 impl Keeper {
     async fn run(mut self, mut changes: mpsc::UnboundedReceiver<Seen>) {
-        let mut calls: Calls = FuturesUnordered::new();
-        let mut summary_due = Some(Instant::now());
+        let mut calls: FuturesUnordered<BoxFuture<'static, Done>> = FuturesUnordered::new();
+        let mut summary_due = None;
         self.regroup();
         loop {
-            if self.synced.len() == 2 {
+            let synced = self.synced.len() == 2;
+            if synced {
                 while calls.len() < CONCURRENCY
                     && let Some(namespace) = self.dirty.pop_first()
                 {
-                    if let Some(call) = self.reconcile(&namespace) {
-                        calls.push(call);
-                    }
+                    calls.extend(self.reconcile(&namespace));
                 }
-                if summary_due.is_some_and(|due| due <= Instant::now()) {
+                if summary_due.is_none_or(|due| due <= Instant::now()) {
                     self.summarise();
                     summary_due = None;
                 }
@@ -215,7 +227,7 @@ impl Keeper {
                 }
                 Some(done) = calls.next() => self.finish(done),
                 () = sleep_until(timer) => self.ring(),
-                () = sleep_until(summary_due) => {}
+                () = sleep_until(summary_due), if synced => {}
             }
             summary_due.get_or_insert_with(|| Instant::now() + SUMMARY_EVERY);
         }
@@ -224,10 +236,10 @@ impl Keeper {
     /// Sorts the aliases by selector, and every namespace anew, if that changes anything.
     fn regroup(&mut self) {
         let aliases = self.aliases.borrow_and_update().clone();
-        let mut groups: BTreeMap<_, (Selector, Vec<Alias>)> = BTreeMap::new();
-        for alias in &aliases.accepted.aliases {
-            let group = groups.entry(alias.group()).or_insert_with(|| (alias.namespaces.clone(), Vec::new()));
-            group.1.push(alias.clone());
+        let mut groups: BTreeMap<_, Group> = BTreeMap::new();
+        for (order, alias) in aliases.accepted.aliases.iter().enumerate() {
+            let empty = || Group { selector: alias.namespaces.clone(), aliases: Vec::new() };
+            groups.entry(alias.group()).or_insert_with(empty).aliases.push((order, alias.clone()));
         }
         let groups: Vec<_> = groups.into_values().collect();
         if groups == self.groups {
@@ -241,7 +253,6 @@ impl Keeper {
     }
 
     fn all_dirty(&mut self) {
-        self.tokens.mark_unchanged();
         self.dirty.extend(self.namespaces.keys().cloned());
     }
 
@@ -249,6 +260,7 @@ impl Keeper {
         match change {
             Change::All(all) => {
                 let names: HashSet<_> = all.iter().filter_map(|n| n.metadata.name.clone()).collect();
+                // A Secret may have been seen before its namespace; that alone makes no namespace.
                 self.namespaces.retain(|name, _| names.contains(name));
                 all.into_iter().for_each(|n| self.apply_namespace(n));
                 self.synced.insert("namespaces");
@@ -264,6 +276,11 @@ impl Keeper {
         let meta = namespace.metadata;
         let name = meta.name.unwrap_or_default();
         let state = self.namespaces.entry(name.clone()).or_default();
+        if state.uid.is_some() && state.uid != meta.uid {
+            // Deleted and made again under one name: nothing that was known of it holds.
+            *state = State::default();
+        }
+        state.uid = meta.uid;
         state.terminating = meta.deletion_timestamp.is_some();
         state.labels = Some(meta.labels.unwrap_or_default());
         state.groups = select(&self.settings, &self.groups, &name, state.labels.as_ref());
@@ -273,20 +290,26 @@ impl Keeper {
     fn see_secret(&mut self, change: Change<PartialObjectMeta<Secret>>) {
         match change {
             Change::All(all) => {
+                // Those that are gone must be looked at, too.
                 self.namespaces.values_mut().for_each(|state| state.observed = None);
+                self.all_dirty();
                 all.iter().for_each(|secret| self.apply_secret(secret, Some(Observed::of(secret))));
                 self.synced.insert("secrets");
             }
             Change::Applied(secret) => self.apply_secret(&secret, Some(Observed::of(&secret))),
-            Change::Deleted(secret) => self.apply_secret(&secret, None),
+            Change::Deleted(secret) => {
+                let namespace = secret.metadata.namespace.as_ref();
+                let observed = namespace.and_then(|n| self.namespaces.get(n)?.observed.as_ref());
+                // A late word about one that has been replaced since is of no interest.
+                if observed.is_some_and(|o| Some(&o.uid) == secret.metadata.uid.as_ref()) {
+                    self.apply_secret(&secret, None);
+                }
+            }
         }
     }
 
     fn apply_secret(&mut self, secret: &PartialObjectMeta<Secret>, observed: Option<Observed>) {
         let namespace = secret.metadata.namespace.clone().unwrap_or_default();
-        if observed.is_none() && !self.namespaces.contains_key(&namespace) {
-            return;
-        }
         let state = self.namespaces.entry(namespace.clone()).or_default();
         // A change by another hand is a reason to try at once what failed before.
         if state.observed != observed {
@@ -303,169 +326,223 @@ impl Keeper {
             && *at <= now
             && let Some((_, namespace)) = self.timers.pop_first()
         {
+            if let Some(state) = self.namespaces.get_mut(&namespace) {
+                state.timer = None;
+            }
             self.dirty.insert(namespace);
+        }
+    }
+
+    /// Has a namespace looked at again at that time, and at no other.
+    fn set_timer(&mut self, namespace: &str, at: Option<Instant>) {
+        let Some(state) = self.namespaces.get_mut(namespace) else { return };
+        if let Some(old) = std::mem::replace(&mut state.timer, at) {
+            self.timers.remove(&(old, namespace.to_owned()));
+        }
+        if let Some(at) = at {
+            self.timers.insert((at, namespace.to_owned()));
         }
     }
 
     /// Decides on one namespace, and returns the call to make, if there is one.
     fn reconcile(&mut self, namespace: &str) -> Option<BoxFuture<'static, Done>> {
-        let state = self.namespaces.get_mut(namespace)?;
+        let state = self.namespaces.get(namespace)?;
         if state.busy || state.terminating || state.labels.is_none() {
             return None;
         }
         if let Some(at) = state.not_before.filter(|at| *at > Instant::now()) {
-            self.timers.insert((at, namespace.to_owned()));
+            self.set_timer(namespace, Some(at));
             return None;
         }
         let now = Timestamp::now();
-        let tokens = self.tokens.borrow().clone();
-        let mut wanted = BTreeMap::new();
-        let mut auths: BTreeMap<String, (Arc<Token>, Identity)> = BTreeMap::new();
-        for alias in state.groups.iter().filter_map(|g| self.groups.get(*g)).flat_map(|(_, aliases)| aliases)
-        {
-            let (Some(principal), Some(registry)) = (alias.principal(), alias.registry()) else { continue };
-            let token = tokens.get(&principal).and_then(|t| t.usable(now));
-            let host = registry.as_str().to_owned();
-            // Two aliases may lead to one registry as two identities: the older has it.
-            if wanted.contains_key(&host) {
-                continue;
-            }
-            if let Some(token) = token {
-                auths.insert(host.clone(), (token.clone(), principal.identity.clone()));
-            }
-            let token = token.map(|t| (t.expires_at, t.lifetime));
-            wanted.insert(host, Wanted { identity: principal.identity, token });
-        }
-        let plan = plan(state.observed.as_ref(), &wanted, now);
-        if !matches!(plan, Plan::Foreign) && state.failures == 0 {
-            state.problem = None;
-        }
-        let call = match plan {
+        let tokens = self.tokens.borrow_and_update().clone();
+        let choices = choices(&self.groups, &state.groups, &tokens, now);
+        let wanted = choices.iter().map(|(host, choice)| {
+            let token = choice.token.as_ref().map(|t| (t.expires_at, t.lifetime));
+            ((*host).to_owned(), Wanted { identity: choice.identity.clone(), token })
+        });
+        let old = state.observed.clone();
+        let call = match plan(old.as_ref(), &wanted.collect(), now) {
             Plan::Keep(next) => {
-                if let Some(next) = next {
-                    let pause = Duration::try_from(next.duration_since(now)).unwrap_or_default();
-                    self.timers.insert((Instant::now() + pause, namespace.to_owned()));
-                }
+                let pause = next.map(|next| Duration::try_from(next.duration_since(now)).unwrap_or_default());
+                self.set_timer(namespace, pause.map(|pause| Instant::now() + pause));
+                self.settle(namespace, None);
                 return None;
             }
             Plan::Foreign => {
-                if state.problem.is_none() {
-                    let problem = format!(
-                        "Secret {:?} exists and is not ours (no label {}={}): delete or rename it, or choose another name for the pull secret",
-                        self.settings.name, MANAGED_BY.0, MANAGED_BY.1
-                    );
-                    warn!(namespace, problem, "leaving a foreign Secret alone");
-                    state.problem = Some(problem.clone());
-                    let secret = reference(namespace, &self.settings.name, state.observed.as_ref());
-                    tokio::spawn(report(self.recorder.clone(), secret, "ForeignSecret", problem));
-                }
+                let problem = format!(
+                    "Secret {:?} exists and is not ours (no label {}={}): delete or rename it, or choose another name for the pull secret",
+                    self.settings.name, MANAGED_BY.0, MANAGED_BY.1
+                );
+                self.settle(namespace, Some(("ForeignSecret", problem)));
                 return None;
             }
-            Plan::Delete => Call::Delete(state.observed.as_ref()?.uid.clone()),
+            Plan::Delete => Call::Delete(old?),
             Plan::Write { fresh, carried } => {
-                auths.retain(|host, _| fresh.contains(host));
-                let old = state.observed.as_ref().map(|o| o.contents.clone()).unwrap_or_default();
-                let carried = old.into_iter().filter(|(host, _)| carried.contains(host)).collect();
-                Call::Write { uid: state.observed.as_ref().map(|o| o.uid.clone()), auths, carried }
+                let fresh = choices.iter().filter(|(host, _)| fresh.iter().any(|f| f == *host));
+                let fresh = fresh.filter_map(|(host, choice)| {
+                    Some(((*host).to_owned(), (choice.token.clone()?, choice.identity.clone())))
+                });
+                let contents = old.as_ref().map(|o| o.contents.clone()).unwrap_or_default();
+                let carried = contents.into_iter().filter(|(host, _)| carried.contains(host)).collect();
+                Call::Write { fresh: fresh.collect(), old, carried }
             }
         };
-        state.busy = true;
-        let api = Api::namespaced(self.client.clone(), namespace);
-        let name = self.settings.name.clone();
+        let uid = state.uid.clone();
+        let (api, name) = (Api::namespaced(self.client.clone(), namespace), self.settings.name.clone());
+        if let Some(state) = self.namespaces.get_mut(namespace) {
+            state.busy = true;
+        }
         let namespace = namespace.to_owned();
         Some(Box::pin(async move {
-            let result = bounded(call.perform(&api, &name)).await;
-            Done { namespace, result }
+            let result = call.perform(&api, &name).await;
+            Done { namespace, uid, result }
         }))
     }
 
+    /// A namespace has come to rest, either well or with a problem that only a change by another hand can solve.
+    fn settle(&mut self, namespace: &str, problem: Option<(&'static str, String)>) {
+        let Some(state) = self.namespaces.get_mut(namespace) else { return };
+        (state.failures, state.not_before) = (0, None);
+        match problem {
+            Some((reason, problem)) if state.problem.as_ref() != Some(&problem) => {
+                state.problem = Some(problem.clone());
+                self.complain(namespace, reason, problem);
+            }
+            Some(_) => {}
+            None => state.problem = None,
+        }
+    }
+
     fn finish(&mut self, done: Done) {
-        let Done { namespace, result } = done;
-        let Some(state) = self.namespaces.get_mut(&namespace) else { return };
+        let Done { namespace, uid, result } = done;
+        let Some(state) = self.namespaces.get_mut(&namespace).filter(|s| s.uid == uid) else { return };
         state.busy = false;
         match result {
             Ok(observed) => {
                 debug!(namespace, written = observed.is_some(), "pull secret");
-                self.metrics.count(if observed.is_some() {
-                    WriteOutcome::Applied
-                } else {
-                    WriteOutcome::Deleted
-                });
+                let written = observed.is_some();
                 (state.observed, state.failures, state.not_before, state.problem) = (observed, 0, None, None);
+                self.metrics.count(if written { WriteOutcome::Applied } else { WriteOutcome::Deleted });
             }
             Err(error) => {
-                self.metrics.count(WriteOutcome::Failed);
                 let pause =
                     Duration::from_secs(1).saturating_mul(2u32.saturating_pow(state.failures.min(16)));
                 let pause = pause.min(MAX_BACKOFF).mul_f64(0.75 + 0.5 * fastrand::f64());
-                let problem = format!("Secret {:?} cannot be written: {}", self.settings.name, chain(&error));
-                if state.failures == 0 {
-                    warn!(namespace, problem, "pull secret failed; trying again");
-                    let secret = reference(&namespace, &self.settings.name, None);
-                    tokio::spawn(report(self.recorder.clone(), secret, "PullSecretFailed", problem.clone()));
-                }
                 state.failures = state.failures.saturating_add(1);
                 state.not_before = Some(Instant::now() + pause);
-                state.problem = Some(problem);
+                let problem = format!("Secret {:?} cannot be written: {}", self.settings.name, chain(&error));
+                match error {
+                    // Our picture of it was old; with the new one, the next plan may well be to do nothing.
+                    CallError::Changed(_, actual) => state.observed = *actual,
+                    CallError::Api(_) | CallError::TooLarge { .. } => {
+                        let first = state.problem.is_none();
+                        state.problem = Some(problem.clone());
+                        if first {
+                            self.complain(&namespace, "PullSecretFailed", problem);
+                        }
+                    }
+                }
+                self.metrics.count(WriteOutcome::Failed);
             }
         }
         self.dirty.insert(namespace);
     }
 
+    /// Says in the log and in an Event what is wrong with the Secret of a namespace.
+    fn complain(&self, namespace: &str, reason: &'static str, problem: String) {
+        warn!(namespace, problem, "pull secret");
+        let uid = self.namespaces.get(namespace).and_then(|s| s.observed.as_ref()).map(|o| o.uid.clone());
+        let secret = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("Secret".to_owned()),
+            namespace: Some(namespace.to_owned()),
+            name: Some(self.settings.name.clone()),
+            uid,
+            ..ObjectReference::default()
+        };
+        let event = Event {
+            type_: EventType::Warning,
+            reason: reason.to_owned(),
+            note: Some(problem.chars().take(1000).collect()),
+            action: "SyncPullSecret".to_owned(),
+            secondary: None,
+        };
+        // Where too many wait already, the condition and the log have to do.
+        let _ = self.events.try_send((secret, event));
+    }
+
     fn summarise(&self) {
         let now = Timestamp::now();
+        let tokens = self.tokens.borrow().clone();
         let mut summary: Summary = BTreeMap::new();
-        for alias in self.groups.iter().flat_map(|(_, aliases)| aliases) {
+        for (_, alias) in self.groups.iter().flat_map(|group| &group.aliases) {
             summary.insert(alias.name.clone(), Synced::default());
         }
         let (mut selected, mut synced) = (0, 0);
         for (name, state) in self.namespaces.iter().filter(|(_, s)| s.labels.is_some() && !s.terminating) {
-            let aliases: Vec<&Alias> =
-                state.groups.iter().filter_map(|g| self.groups.get(*g)).flat_map(|(_, a)| a).collect();
-            let mut complete = !aliases.is_empty();
-            for alias in &aliases {
+            let choices = choices(&self.groups, &state.groups, &tokens, now);
+            let mut complete = true;
+            for (_, alias) in members(&self.groups, &state.groups) {
                 let Some(entry) = summary.get_mut(&alias.name) else { continue };
                 entry.selected += 1;
-                let holds = match alias.registry() {
-                    _ if alias.pull_secret == PullSecret::None => true,
-                    Some(r) => {
-                        state.observed.as_ref().is_some_and(|o| o.holds(r.as_str(), &alias.identity, now))
-                    }
-                    None => false,
-                };
-                complete &= holds;
-                if holds {
+                if alias.pull_secret == PullSecret::None {
                     entry.synced += 1;
+                    continue;
                 }
+                // Of two aliases with one registry and two identities, the Secret holds the token of one.
+                let holds = alias.registry().is_some_and(|r| {
+                    let identity = choices.get(r.as_str()).map_or(&alias.identity, |c| c.identity);
+                    state.observed.as_ref().is_some_and(|o| o.holds(r.as_str(), identity, now))
+                });
+                complete &= holds;
+                entry.synced += u32::from(holds);
                 if let Some(problem) = &state.problem
                     && entry.problems.len() < MAX_PROBLEMS
-                    && alias.pull_secret != PullSecret::None
                 {
                     entry.problems.push((name.clone(), problem.clone()));
                 }
             }
-            selected += i64::from(!aliases.is_empty());
-            synced += i64::from(complete);
-        }
-        for entry in summary.values_mut() {
-            entry.problems.sort();
+            selected += i64::from(!state.groups.is_empty());
+            synced += i64::from(!state.groups.is_empty() && complete);
         }
         self.metrics.selected.set(selected);
         self.metrics.synced.set(synced);
-        self.summary.send_if_modified(|old| {
-            let changed = **old != summary;
-            if changed {
-                *old = Arc::new(summary);
-            }
-            changed
-        });
+        self.summary.send_replace(Arc::new(summary));
     }
+}
+
+/// The aliases of some groups.
+fn members<'a>(groups: &'a [Group], selected: &'a [usize]) -> impl Iterator<Item = &'a (usize, Alias)> {
+    selected.iter().filter_map(|place| groups.get(*place)).flat_map(|group| &group.aliases)
+}
+
+/// Whose token each registry gets, of the aliases that select a namespace. Where two lead to one registry as two
+/// identities, the older has it, unless only the younger has a token.
+fn choices<'a>(
+    groups: &'a [Group],
+    selected: &'a [usize],
+    tokens: &Tokens,
+    now: Timestamp,
+) -> BTreeMap<&'a str, Choice<'a>> {
+    let mut aliases: Vec<_> = members(groups, selected).collect();
+    aliases.sort_by_key(|(order, _)| *order);
+    let mut choices: BTreeMap<&str, Choice<'_>> = BTreeMap::new();
+    for (_, alias) in aliases {
+        let (Some(principal), Some(registry)) = (alias.principal(), alias.registry()) else { continue };
+        let token = tokens.get(&principal).and_then(|state| state.usable(now)).cloned();
+        let known = choices.get(registry.as_str());
+        if known.is_none_or(|choice| choice.token.is_none() && token.is_some()) {
+            choices.insert(registry.as_str(), Choice { identity: &alias.identity, token });
+        }
+    }
+    choices
 }
 
 /// The places of the groups that select a namespace.
 fn select(
     settings: &Settings,
-    groups: &[(Selector, Vec<Alias>)],
+    groups: &[Group],
     name: &str,
     labels: Option<&BTreeMap<String, String>>,
 ) -> Vec<usize> {
@@ -474,146 +551,43 @@ fn select(
     if opted_out || settings.excluded_namespaces.iter().any(|n| n == name) {
         return Vec::new();
     }
-    groups.iter().enumerate().filter(|(_, (selector, _))| selector.matches(labels)).map(|(i, _)| i).collect()
+    groups.iter().enumerate().filter(|(_, group)| group.selector.matches(labels)).map(|(i, _)| i).collect()
 }
 
-/// A call to the API server about one Secret.
-enum Call {
-    Delete(String),
-    Write { uid: Option<String>, auths: BTreeMap<String, (Arc<Token>, Identity)>, carried: Contents },
-}
-
-impl Call {
-    async fn perform(self, api: &Api<Secret>, name: &str) -> kube::Result<Option<Observed>> {
-        match self {
-            Self::Delete(uid) => {
-                let only_this = Preconditions { uid: Some(uid), resource_version: None };
-                let params = DeleteParams { preconditions: Some(only_this), ..DeleteParams::default() };
-                match api.delete(name, &params).await {
-                    Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
-                    other => other.map(|_| None),
-                }
-            }
-            Self::Write { uid, auths, carried } => write(api, name, uid, auths, carried).await.map(Some),
-        }
-    }
-}
-
-async fn write(
-    api: &Api<Secret>,
-    name: &str,
-    uid: Option<String>,
-    auths: BTreeMap<String, (Arc<Token>, Identity)>,
-    mut contents: Contents,
-) -> kube::Result<Observed> {
-    let carried: BTreeMap<String, SecretString> = if contents.is_empty() {
-        BTreeMap::new()
-    } else {
-        let secret = api.get(name).await?;
-        let config = Zeroizing::new(secret.data.and_then(|mut d| d.remove(DATA_KEY)).unwrap_or_default().0);
-        dockerconfig::parse(&config)
-    };
-    contents.retain(|host, _| carried.contains_key(host));
-    let held = carried.iter().filter(|(host, _)| contents.contains_key(*host));
-    let config = dockerconfig::render(
-        held.map(|(host, auth)| (host.as_str(), auth))
-            .chain(auths.iter().map(|(host, (token, _))| (host.as_str(), &token.auth))),
-    );
-    if config.len() > dockerconfig::MAX_BYTES {
-        let problem = format!(
-            "the credentials of {} registries are {} bytes, and a Secret holds 1 MiB: let fewer aliases select this namespace",
-            contents.len() + auths.len(),
-            config.len()
-        );
-        return Err(kube::Error::Service(problem.into()));
-    }
-    for (host, (token, identity)) in &auths {
-        let holding = Holding { expires_at: token.expires_at, identity: identity.to_string() };
-        contents.insert(host.clone(), holding);
-    }
-    let expires_at = contents.values().map(|h| h.expires_at).min().unwrap_or_default();
-    let secret: Secret = serde_json::from_value(json!({
-        "apiVersion": "v1",
-        "kind": "Secret",
-        "metadata": {
-            "name": name,
-            "uid": uid,
-            "labels": { MANAGED_BY.0: MANAGED_BY.1, "app.kubernetes.io/name": "ecr-cname" },
-            "annotations": {
-                EXPIRES_AT: format!("{expires_at:.0}"),
-                CONTENTS: serde_json::to_string(&contents).unwrap_or_default(),
-            },
-        },
-        "type": "kubernetes.io/dockerconfigjson",
-    }))
-    .map_err(kube::Error::SerdeError)?;
-    let data = [(DATA_KEY.to_owned(), k8s_openapi::ByteString(config.as_bytes().to_vec()))];
-    let secret = Secret { data: Some(data.into()), ..secret };
-    let written = match uid {
-        // With the UID, a Secret that someone else put in its place meanwhile is not overwritten but a conflict.
-        Some(_) => {
-            api.patch(name, &PatchParams::apply(FIELD_MANAGER).force(), &Patch::Apply(&secret)).await?
-        }
-        None => {
-            let params =
-                PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-            api.create(&params, &secret).await?
-        }
-    };
-    Ok(Observed::of(&PartialObjectMeta { metadata: written.metadata, ..PartialObjectMeta::default() }))
-}
-
-/// Deletes every pull secret that is ours, in all namespaces: for uninstalling. Returns how many there were.
+/// Deletes every pull secret that is ours, in all namespaces: for uninstalling. Returns how many there were, and how
+/// many of them could not be deleted.
 ///
 /// # Errors
-/// A list or a deletion failed.
-pub async fn delete_all(client: &Client, name: &str) -> kube::Result<usize> {
+/// The Secrets could not be listed.
+pub async fn delete_all(client: &Client, name: &str) -> kube::Result<(usize, usize)> {
     let all: Api<PartialObjectMeta<Secret>> = Api::all(client.clone());
     let params = kube::api::ListParams::default().fields(&format!("metadata.name={name}"));
-    let mut deleted = 0;
-    for secret in bounded(all.list(&params)).await? {
-        let observed = Observed::of(&secret);
-        if observed.ours {
-            let namespace = secret.metadata.namespace.unwrap_or_default();
-            let api = Api::namespaced(client.clone(), &namespace);
-            bounded(Call::Delete(observed.uid).perform(&api, name)).await?;
-            info!(namespace, "deleted the pull secret");
-            deleted += 1;
+    let secrets = bounded(all.list(&params)).await?.items;
+    let (mut ours, mut failed) = (0, 0);
+    for secret in &secrets {
+        let observed = Observed::of(secret);
+        if !observed.ours {
+            continue;
+        }
+        ours += 1;
+        let namespace = secret.metadata.namespace.as_deref().unwrap_or_default();
+        match Call::Delete(observed).perform(&Api::namespaced(client.clone(), namespace), name).await {
+            Ok(_) => info!(namespace, "deleted the pull secret"),
+            Err(error) => {
+                failed += 1;
+                warn!(namespace, error = %chain(&error), "the pull secret could not be deleted");
+            }
         }
     }
-    Ok(deleted)
+    Ok((ours, failed))
 }
 
-fn reference(
-    namespace: &str,
-    name: &str,
-    observed: Option<&Observed>,
-) -> k8s_openapi::api::core::v1::ObjectReference {
-    k8s_openapi::api::core::v1::ObjectReference {
-        api_version: Some("v1".to_owned()),
-        kind: Some(Secret::kind(&()).into_owned()),
-        namespace: Some(namespace.to_owned()),
-        name: Some(name.to_owned()),
-        uid: observed.map(|o| o.uid.clone()),
-        ..Default::default()
-    }
-}
-
-async fn report(
-    recorder: Recorder,
-    regarding: k8s_openapi::api::core::v1::ObjectReference,
-    reason: &'static str,
-    note: String,
-) {
-    let event = Event {
-        type_: EventType::Warning,
-        reason: reason.to_owned(),
-        note: Some(note.chars().take(1000).collect()),
-        action: "SyncPullSecret".to_owned(),
-        secondary: None,
-    };
-    if let Err(error) = bounded(recorder.publish(&event, &regarding)).await {
-        debug!(error = %chain(&error), "an event could not be written");
+/// Writes Events, one after the other.
+async fn report(recorder: Recorder, mut reports: mpsc::Receiver<(ObjectReference, Event)>) {
+    while let Some((regarding, event)) = reports.recv().await {
+        if let Err(error) = bounded(recorder.publish(&event, &regarding)).await {
+            debug!(error = %chain(&error), "an event could not be written");
+        }
     }
 }
 
@@ -668,6 +642,12 @@ impl SecretMetrics {
             metrics.writes.clone(),
         );
         metrics
+    }
+
+    /// Forgets what it showed: this replica does not lead any more.
+    pub fn clear(&self) {
+        self.selected.set(0);
+        self.synced.set(0);
     }
 
     fn count(&self, outcome: WriteOutcome) {

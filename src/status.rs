@@ -28,6 +28,8 @@ use crate::{
 
 /// The shortest time between two rounds of writes.
 const ROUND: Duration = Duration::from_millis(200);
+/// How long a new leader waits for its own picture of the namespaces before it writes what it knows.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// The pause after a round in which a write failed.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -51,6 +53,12 @@ pub async fn keep(client: Client, mut sources: Sources, recorder: Recorder) {
     let api: Api<RegistryAlias> = Api::all(client);
     // What was written last, and to which version of the object.
     let mut written: BTreeMap<String, (Option<String>, RegistryAliasStatus)> = BTreeMap::new();
+    // A new leader knows nothing yet; what its predecessor wrote is better than that. But if the namespaces cannot be
+    // listed at all, that must show.
+    let listed = sources.summary.changed();
+    if let Ok(Err(_)) = tokio::time::timeout(PATIENCE, listed).await {
+        return;
+    }
     loop {
         let aliases = sources.aliases.borrow_and_update().clone();
         let answers = sources.answers.borrow_and_update().clone();
@@ -157,16 +165,27 @@ fn judge(
         }
         Err(_) => (None, None),
     };
-    let token = token_ready(facts, now);
-    let synced = secrets_synced(facts, old);
+    // What was said before still holds where this leader has not found out otherwise.
+    let before =
+        old.filter(|o| o.observed_generation == object.metadata.generation && o.registry == registry);
+    let promised = before.and_then(|o| o.token_expires_at.clone()).filter(|expiry| expiry.0 > now);
+    let token = token_ready(facts, promised.as_ref(), now);
+    let synced = secrets_synced(facts, before);
     let ready = ready(facts, &[&resolved, &token, &synced]);
     let findings =
         [("Resolved", resolved), ("TokenReady", token), ("SecretsSynced", synced), ("Ready", ready)];
     RegistryAliasStatus {
         host: registry.as_ref().and(host),
         registry,
-        token_expires_at: facts.token.and_then(|t| t.token.as_ref()).map(|t| Time(t.expires_at)),
-        namespaces: facts.synced.map(|s| Namespaces { selected: s.selected, synced: s.synced }),
+        token_expires_at: facts
+            .token
+            .and_then(|t| t.token.as_ref())
+            .map(|t| seconds(t.expires_at))
+            .or(promised),
+        namespaces: match facts.synced {
+            Some(s) => Some(Namespaces { selected: s.selected, synced: s.synced }),
+            None => before.and_then(|o| o.namespaces),
+        },
         observed_generation: object.metadata.generation,
         conditions: findings
             .into_iter()
@@ -209,7 +228,7 @@ fn resolved(facts: &Facts<'_>) -> Finding {
     }
 }
 
-fn token_ready(facts: &Facts<'_>, now: Timestamp) -> Finding {
+fn token_ready(facts: &Facts<'_>, promised: Option<&Time>, now: Timestamp) -> Finding {
     match facts.verdict {
         Err(_) => return finding("Unknown", "NotResolved", "the alias does not hold"),
         Ok(alias) if alias.pull_secret == PullSecret::None => {
@@ -220,9 +239,8 @@ fn token_ready(facts: &Facts<'_>, now: Timestamp) -> Finding {
         }
         Ok(_) => {}
     }
-    let Some(state) = facts.token else {
-        return finding("Unknown", "Requesting", "asking AWS for a token");
-    };
+    let unknown = TokenState::default();
+    let state = facts.token.unwrap_or(&unknown);
     match (state.usable(now), &state.error) {
         (Some(token), None) => finding("True", "TokenValid", format!("valid until {:.0}", token.expires_at)),
         (Some(token), Some(error)) => finding(
@@ -231,7 +249,11 @@ fn token_ready(facts: &Facts<'_>, now: Timestamp) -> Finding {
             format!("the last token is valid until {:.0}, but {error}", token.expires_at),
         ),
         (None, Some(error)) => finding("False", reason_of(error), error.to_string()),
-        (None, None) => finding("Unknown", "Requesting", "asking AWS for a token"),
+        // A new leader is asking; the pull secrets hold what its predecessor got.
+        (None, None) => match promised {
+            Some(expiry) => finding("True", "TokenValid", format!("valid until {:.0}", expiry.0)),
+            None => finding("Unknown", "Requesting", "asking AWS for a token"),
+        },
     }
 }
 
@@ -248,7 +270,7 @@ fn reason_of(error: &crate::ecr::TokenError) -> &'static str {
     }
 }
 
-fn secrets_synced(facts: &Facts<'_>, old: Option<&RegistryAliasStatus>) -> Finding {
+fn secrets_synced(facts: &Facts<'_>, before: Option<&RegistryAliasStatus>) -> Finding {
     match facts.verdict {
         Err(_) => return finding("Unknown", "NotResolved", "the alias does not hold"),
         Ok(alias) if alias.pull_secret == PullSecret::None => {
@@ -260,7 +282,7 @@ fn secrets_synced(facts: &Facts<'_>, old: Option<&RegistryAliasStatus>) -> Findi
         return finding("Unknown", "Syncing", "the namespaces are being listed");
     };
     let is = |type_: &str| {
-        old.is_some_and(|s| s.conditions.iter().any(|c| c.type_ == type_ && c.status == "True"))
+        before.is_some_and(|s| s.conditions.iter().any(|c| c.type_ == type_ && c.status == "True"))
     };
     match synced.problems.first() {
         Some((namespace, problem)) => finding("False", "NamespacesFailed", format!("{namespace}: {problem}")),
@@ -301,8 +323,6 @@ fn condition(
 ) -> Condition {
     let before = old.and_then(|s| s.conditions.iter().find(|c| c.type_ == type_));
     let since = before.filter(|c| c.status == finding.status).map(|c| c.last_transition_time.clone());
-    // The API keeps seconds.
-    let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
     Condition {
         type_: type_.to_owned(),
         status: finding.status.to_owned(),
@@ -310,8 +330,13 @@ fn condition(
         // The API allows 32 KiB.
         message: finding.message.chars().take(4096).collect(),
         observed_generation: object.metadata.generation,
-        last_transition_time: since.unwrap_or(Time(now)),
+        last_transition_time: since.unwrap_or(seconds(now)),
     }
+}
+
+/// A time as the API keeps it: in whole seconds. What is finer would look like a change of what was written.
+fn seconds(at: Timestamp) -> Time {
+    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
 }
 
 async fn write(api: &Api<RegistryAlias>, name: &str, status: &RegistryAliasStatus) -> kube::Result<()> {
@@ -338,7 +363,10 @@ async fn announce(
         // On the way to ready, only what failed is worth a word.
         if same
             || condition.status == "Unknown"
-            || matches!(condition.reason.as_str(), "Syncing" | "NotRegistered")
+            || matches!(
+                condition.reason.as_str(),
+                "Syncing" | "NotRegistered" | "Requesting" | "LookingUp" | "NotResolved"
+            )
         {
             continue;
         }
@@ -347,7 +375,7 @@ async fn announce(
             condition = condition.type_,
             status = condition.status,
             reason = condition.reason,
-            message = condition.message,
+            detail = condition.message,
             "condition"
         );
         let fine = condition.status == "True"

@@ -1,11 +1,12 @@
 //! The alias table: host → what to do with an image at that host. Immutable, and made anew when an alias changes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::{
     alias::{Alias, Group, MAX_HOST},
     crd::PullSecret,
     image::ImageRef,
+    matching,
 };
 
 /// Every alias that holds in the cluster, by group.
@@ -18,6 +19,8 @@ pub struct AliasTable {
 #[derive(Debug, Default)]
 pub struct HostTable {
     rules: HashMap<Box<str>, Rule>,
+    /// The digests of the parts that the group is split into.
+    digests: HashSet<String>,
 }
 
 /// What to do with an image at a host.
@@ -46,8 +49,10 @@ impl AliasTable {
     #[must_use]
     pub fn new(aliases: &[Alias]) -> Self {
         let mut groups: HashMap<Group, HostTable> = HashMap::new();
-        for alias in aliases {
-            groups.entry(alias.group()).or_default().add(alias);
+        for part in matching::parts(aliases) {
+            let table = groups.entry(part.group).or_default();
+            part.aliases.iter().for_each(|alias| table.add(alias));
+            table.digests.insert(part.digest);
         }
         Self { groups }
     }
@@ -66,6 +71,12 @@ impl HostTable {
         let mut table = Self::default();
         aliases.iter().for_each(|alias| table.add(alias));
         table
+    }
+
+    /// Whether the webhook entry of this digest names the very hosts that this table knows.
+    #[must_use]
+    pub fn agrees_with(&self, digest: &str) -> bool {
+        self.digests.contains(digest)
     }
 
     /// What to do with an image. Its host is compared as a whole, with its port and without regard to case.

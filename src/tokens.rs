@@ -16,7 +16,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tracing::{info, warn};
 
 use crate::{
@@ -49,7 +49,7 @@ pub struct TokenState {
     /// What the last attempt said, if it failed.
     pub error: Option<TokenError>,
     failures: u32,
-    next: Option<Timestamp>,
+    next: Option<Instant>,
     asking: bool,
 }
 
@@ -69,17 +69,16 @@ pub async fn keep(
         let known = state.len();
         state.retain(|principal, _| needed.contains(principal));
         changed |= state.len() != known;
-        let now = Timestamp::now();
+        ecr.retain(|principal| needed.contains(principal));
         for principal in needed {
             let entry = state.entry(principal.clone()).or_default();
-            if !entry.asking && entry.next.is_none_or(|next| next <= now) {
+            if !entry.asking && entry.is_due(Instant::now(), Timestamp::now()) {
                 entry.asking = true;
                 let ecr = ecr.clone();
                 asking.push(async move {
                     let result = ecr.token(&principal).await;
                     (principal, result)
                 });
-                changed = true;
             }
         }
         if std::mem::take(&mut changed) {
@@ -87,6 +86,7 @@ pub async fn keep(
             tokens.send_replace(Arc::new(state.clone()));
         }
         let next = state.values().filter(|s| !s.asking).filter_map(|s| s.next).min();
+        let next = next.map_or(MAX_SLEEP, |at| at.saturating_duration_since(Instant::now()).min(MAX_SLEEP));
         tokio::select! {
             alive = aliases.changed() => if alive.is_err() { return },
             Some((principal, result)) = asking.next() => {
@@ -96,7 +96,7 @@ pub async fn keep(
                     changed = true;
                 }
             }
-            () = sleep_until(next) => {}
+            () = tokio::time::sleep(next) => {}
         }
     }
 }
@@ -108,13 +108,27 @@ impl TokenState {
         self.token.as_ref().filter(|token| token.expires_at > now)
     }
 
+    /// Whether it is time to ask. The clock of the machine may have been set, and a machine that was suspended has not
+    /// counted the time: a token that is well past its half is due whatever the timer says.
+    fn is_due(&self, now: Instant, clock: Timestamp) -> bool {
+        let late = self.failures == 0
+            && self.token.as_ref().is_some_and(|token| {
+                token.expires_at.duration_since(clock) < token.lifetime.mul_f64(1.0 - REFRESH_AT - JITTER)
+            });
+        late || self.next.is_none_or(|next| next <= now)
+    }
+
     fn record(&mut self, principal: &Principal, result: Result<Token, TokenError>, now: Timestamp) {
         self.asking = false;
         match result {
             Ok(token) => {
                 let pause = refresh_after(token.lifetime, fastrand::f64());
                 info!(%principal, expires_at = %token.expires_at, refresh_in_s = pause.as_secs(), "new token");
-                *self = Self { token: Some(Arc::new(token)), next: Some(now + pause), ..Self::default() };
+                *self = Self {
+                    token: Some(Arc::new(token)),
+                    next: Some(Instant::now() + pause),
+                    ..Self::default()
+                };
             }
             Err(error) => {
                 let left = self.usable(now).map(|token| token.expires_at.duration_since(now));
@@ -122,7 +136,7 @@ impl TokenState {
                 warn!(%principal, error = %error, retry_in_s = pause.as_secs(), "token refresh failed");
                 self.failures = self.failures.saturating_add(1);
                 self.error = Some(error);
-                self.next = Some(now + pause);
+                self.next = Some(Instant::now() + pause);
             }
         }
     }
@@ -146,19 +160,13 @@ fn back_off(failures: u32, left: Option<SignedDuration>, random: f64) -> Duratio
     exponential.min(ceiling).mul_f64(0.75 + 0.5 * random).max(MIN_PAUSE / 2)
 }
 
-async fn sleep_until(at: Option<Timestamp>) {
-    let pause = at.map_or(MAX_SLEEP, |at| {
-        Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default().min(MAX_SLEEP)
-    });
-    tokio::time::sleep(pause).await;
-}
-
 /// Metrics of tokens.
 #[derive(Clone, Debug, Default)]
 pub struct TokenMetrics {
     refreshes: Family<Outcome, Counter>,
     earliest_expiry: Gauge,
     principals: Gauge,
+    missing: Gauge,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -196,13 +204,18 @@ impl TokenMetrics {
         );
         registry.register(
             "token_expiry_timestamp_seconds",
-            "When the first of the tokens in use expires, in seconds since 1970; 0 while one is missing",
+            "When the first of the tokens at hand expires, in seconds since 1970; 0 if there is none",
             metrics.earliest_expiry.clone(),
         );
         registry.register(
             "token_principals",
-            "Identities and regions that need a token",
+            "Identities and regions that need a token; 0 unless this replica is the leader",
             metrics.principals.clone(),
+        );
+        registry.register(
+            "token_principals_missing",
+            "Identities and regions that need a token and have none that is valid",
+            metrics.missing.clone(),
         );
         metrics
     }
@@ -215,10 +228,18 @@ impl TokenMetrics {
         self.refreshes.get_or_create(&Outcome { outcome }).inc();
     }
 
+    /// Forgets what it showed: this replica does not lead any more.
+    pub fn clear(&self) {
+        self.observe(&Tokens::new());
+    }
+
     fn observe(&self, state: &Tokens) {
-        let expiry = |s: &TokenState| s.token.as_ref().map_or(0, |t| t.expires_at.as_second());
-        self.earliest_expiry.set(state.values().map(expiry).min().unwrap_or_default());
-        self.principals.set(i64::try_from(state.len()).unwrap_or(i64::MAX));
+        let now = Timestamp::now();
+        let expiry = state.values().filter_map(|s| s.token.as_ref()).map(|t| t.expires_at.as_second()).min();
+        self.earliest_expiry.set(expiry.unwrap_or_default());
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        self.principals.set(count(state.len()));
+        self.missing.set(count(state.values().filter(|s| s.usable(now).is_none()).count()));
     }
 }
 

@@ -24,6 +24,9 @@ use crate::{
 /// noticed 5 seconds after that.
 const WATCH_TIMEOUT: u32 = 120;
 
+/// How long the API server may be silent while an answer is awaited: longer than any watch lasts.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(WATCH_TIMEOUT as u64 + 10);
+
 /// How long a single call to the API server may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
 

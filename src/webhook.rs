@@ -1,6 +1,6 @@
 //! The webhook: HTTPS in front of the decision. Body → [`review::parse`] → [`mutate`] → answer.
 //!
-//! Nothing on this path asks the network, takes a lock or knows of AWS.
+//! Nothing on this path asks the network, waits for another request or knows of AWS.
 
 use std::{
     io,
@@ -73,6 +73,10 @@ pub struct Webhook {
     metrics: Metrics,
 }
 
+/// What a pod is told that came ahead of the alias that it names.
+const NOT_KNOWN_YET: &str =
+    "the pod names a RegistryAlias that this replica does not know yet, or that was just deleted; try again";
+
 /// An answer: a status and a JSON body, or a status and the text of an error.
 type Answer = Result<Vec<u8>, (StatusCode, String)>;
 
@@ -94,43 +98,44 @@ impl Webhook {
         })
     }
 
-    /// The routes: `POST /mutate/GROUP`.
+    /// The routes: `POST /mutate/GROUP/DIGEST`, as [`crate::matching`] registers them.
     pub fn router(self: Arc<Self>) -> Router {
-        Router::new().route("/mutate/{group}", post(admit)).with_state(self)
+        Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state(self)
     }
 
-    /// Answers one request body that came for a group of aliases.
+    /// Answers one request body that came for a group of aliases, from a webhook entry with that digest.
     ///
     /// # Errors
     /// A 4xx status with a text that says what is wrong with the body.
-    pub fn answer(&self, group: &str, body: &[u8]) -> Answer {
+    pub fn answer(&self, group: &str, digest: &str, body: &[u8]) -> Answer {
         let started = Instant::now();
         let (outcome, answer) = match review::parse(body) {
             Ok(request) => {
-                let (outcome, answer) = self.decide(group, &request);
+                let (outcome, answer) = self.decide(group, digest, &request);
                 (outcome, Ok(answer))
             }
             Err(error) => (Outcome::BadRequest, Err((StatusCode::BAD_REQUEST, error.to_string()))),
         };
-        self.metrics.admissions.get_or_create(&Labels { outcome }).inc();
+        self.metrics.count(outcome);
         self.metrics.latency.observe(started.elapsed().as_secs_f64());
         answer
     }
 
-    fn decide(&self, group: &str, request: &Request<'_>) -> (Outcome, Vec<u8>) {
+    fn decide(&self, group: &str, digest: &str, request: &Request<'_>) -> (Outcome, Vec<u8>) {
         let table = self.table.load();
         let Some(hosts) = table.group(group) else {
             // The API server knows an alias that we do not know yet, or no longer. Only a new pod may be refused.
             if request.operation != Operation::Create {
                 return (Outcome::Untouched, review::allow(&request.uid, None, None));
             }
-            return self.refuse(
-                request,
-                format!("group {group} of registry aliases is not known to this replica yet; try again"),
-            );
+            return self.refuse(request, NOT_KNOWN_YET.to_owned());
         };
         match mutate(request, hosts, &self.settings.pull_secret) {
-            Verdict::Untouched => (Outcome::Untouched, review::allow(&request.uid, None, None)),
+            // The API server sent it because it names an alias, so this replica is behind, or the API server is.
+            Verdict::Unknown if !hosts.agrees_with(digest) => self.refuse(request, NOT_KNOWN_YET.to_owned()),
+            Verdict::Untouched | Verdict::Unknown => {
+                (Outcome::Untouched, review::allow(&request.uid, None, None))
+            }
             Verdict::Unresolved { alias, image } => self.refuse(
                 request,
                 format!(
@@ -158,10 +163,10 @@ impl Webhook {
         let message = format!("ecr-cname: {message}");
         if self.settings.audit || self.settings.failure_policy == FailurePolicy::Ignore {
             warn!(pod = %PodName(request), message, "let through");
-            return (Outcome::Unresolved, review::allow(&request.uid, None, Some(&warning(&message))));
+            return (Outcome::LetThrough, review::allow(&request.uid, None, Some(&warning(&message))));
         }
         warn!(pod = %PodName(request), message, "refused");
-        (Outcome::Denied, review::deny(&request.uid, 503, "ServiceUnavailable", &message))
+        (Outcome::Denied, review::deny(&request.uid, 403, "Forbidden", &message))
     }
 }
 
@@ -200,11 +205,12 @@ pub async fn serve(
 
 async fn admit(
     State(webhook): State<Arc<Webhook>>,
-    Path(group): Path<String>,
+    Path((group, digest)): Path<(String, String)>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
-    let answer = tokio::time::timeout(webhook.limits.time, async {
+    // The permit bounds what bodies take of memory, so it is held until the answer is made.
+    let body = tokio::time::timeout(webhook.limits.time, async {
         if !is_json(headers.get(CONTENT_TYPE)) {
             return Err((
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -212,19 +218,26 @@ async fn admit(
             ));
         }
         let busy = |_| (StatusCode::SERVICE_UNAVAILABLE, "shutting down".to_owned());
-        let _permit = webhook.permits.acquire().await.map_err(busy)?;
+        let permit = webhook.permits.acquire().await.map_err(busy)?;
         let limit = webhook.limits.body;
         let body = axum::body::to_bytes(body, limit).await.map_err(|e| {
             (StatusCode::PAYLOAD_TOO_LARGE, format!("cannot read a body of at most {limit} bytes: {e}"))
         })?;
-        webhook.answer(&group, &body)
+        Ok((body, permit))
     })
     .await;
     let slow = |_| {
-        let text = format!("the request did not arrive within {} s", webhook.limits.time.as_secs());
+        let text = format!("the request did not arrive within {:?}", webhook.limits.time);
         Err((StatusCode::REQUEST_TIMEOUT, text))
     };
-    match answer.unwrap_or_else(slow) {
+    let answer = match body.unwrap_or_else(slow) {
+        Ok((body, _permit)) => webhook.answer(&group, &digest, &body),
+        Err(rejected) => {
+            webhook.metrics.count(Outcome::Rejected);
+            Err(rejected)
+        }
+    };
+    match answer {
         Ok(json) => ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response(),
         Err((status, text)) => (status, format!("{text}\n")).into_response(),
     }
@@ -268,7 +281,8 @@ impl std::fmt::Display for PodName<'_> {
 
 #[derive(Debug)]
 struct Metrics {
-    admissions: Family<Labels, Counter>,
+    /// By outcome, in the order of [`Outcome::ALL`]: the hot path does not look them up.
+    admissions: [Counter; Outcome::ALL.len()],
     latency: Histogram,
 }
 
@@ -279,41 +293,54 @@ struct Labels {
 
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq, EncodeLabelValue)]
 enum Outcome {
+    /// Patched.
     Rewritten,
+    /// Allowed as it was.
     Untouched,
+    /// Allowed with a warning that says what would have been patched.
     Audited,
+    /// Refused.
     Denied,
-    Unresolved,
+    /// Allowed with a warning although it should have been refused.
+    LetThrough,
+    /// Not an admission review that can be answered.
     BadRequest,
+    /// Not a request that can be read: too large, too slow, or not JSON by its header.
+    Rejected,
+}
+
+impl Outcome {
+    const ALL: [Self; 7] = [
+        Self::Rewritten,
+        Self::Untouched,
+        Self::Audited,
+        Self::Denied,
+        Self::LetThrough,
+        Self::BadRequest,
+        Self::Rejected,
+    ];
 }
 
 impl Metrics {
     fn new(registry: &mut Registry) -> Self {
+        let admissions: Family<Labels, Counter> = Family::default();
+        // Every outcome is there from the start, so that a rate has a zero to rise from.
         let metrics = Self {
-            admissions: Family::default(),
+            admissions: Outcome::ALL.map(|outcome| admissions.get_or_create(&Labels { outcome }).clone()),
             latency: Histogram::new(exponential_buckets(0.000_01, 2.0, 16)),
         };
-        // Every outcome is there from the start, so that a rate has a zero to rise from.
-        for outcome in [
-            Outcome::Rewritten,
-            Outcome::Untouched,
-            Outcome::Audited,
-            Outcome::Denied,
-            Outcome::Unresolved,
-            Outcome::BadRequest,
-        ] {
-            let _ = metrics.admissions.get_or_create(&Labels { outcome });
-        }
-        registry.register(
-            "admissions",
-            "Admission requests answered, by what came of them",
-            metrics.admissions.clone(),
-        );
+        registry.register("admissions", "Admission requests answered, by what came of them", admissions);
         registry.register(
             "admission_duration_seconds",
             "Time to decide on a request, from its whole body to the whole answer",
             metrics.latency.clone(),
         );
         metrics
+    }
+
+    fn count(&self, outcome: Outcome) {
+        if let Some(counter) = self.admissions.get(outcome as usize) {
+            counter.inc();
+        }
     }
 }

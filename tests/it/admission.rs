@@ -52,14 +52,14 @@ fn fixtures() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/admission"))
 }
 
-fn table() -> AliasTable {
+fn objects() -> Vec<RegistryAlias> {
     let text = fs::read_to_string(fixtures().join("aliases.yaml")).unwrap();
-    let objects: Vec<RegistryAlias> = manifest::documents(&text)
-        .unwrap()
-        .into_iter()
-        .map(|d| serde_json::from_value(d.value).unwrap())
-        .collect();
-    let accepted = accept(&objects);
+    let documents = manifest::documents(&text).unwrap().into_iter();
+    documents.map(|d| serde_json::from_value(d.value).unwrap()).collect()
+}
+
+fn table() -> AliasTable {
+    let accepted = accept(objects());
     assert!(accepted.refused.is_empty(), "{:?}", accepted.refused);
     AliasTable::new(&accepted.aliases)
 }
@@ -74,6 +74,13 @@ fn webhook(audit: bool, failure_policy: FailurePolicy) -> Arc<Webhook> {
 /// The group of the aliases that select every namespace.
 fn everywhere() -> Group {
     Group::of(&Default::default())
+}
+
+/// The digest that the entry of that group is registered with.
+fn digest() -> String {
+    let accepted = accept(objects());
+    let parts = ecr_cname::matching::parts(&accepted.aliases);
+    parts.into_iter().find(|part| part.group == everywhere()).unwrap().digest
 }
 
 fn review(operation: &str, sub_resource: &str, pod: Option<&Value>, old: Option<&Value>) -> Value {
@@ -92,8 +99,9 @@ fn review(operation: &str, sub_resource: &str, pod: Option<&Value>, old: Option<
 
 fn answer(webhook: &Webhook, review: &Value) -> Value {
     let body = serde_json::to_vec(review).unwrap();
-    let answer =
-        webhook.answer(everywhere().as_str(), &body).unwrap_or_else(|(s, text)| panic!("{s}: {text}"));
+    let answer = webhook
+        .answer(everywhere().as_str(), &digest(), &body)
+        .unwrap_or_else(|(s, text)| panic!("{s}: {text}"));
     let answer: Value = serde_json::from_slice(&answer).unwrap();
     assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
     answer["response"].clone()
@@ -241,17 +249,23 @@ fn an_unresolved_alias_passes_with_a_warning_under_ignore() {
     assert!(response["warnings"][0].as_str().unwrap().contains("unresolved"));
 }
 
+/// A replica that is behind the API server refuses what it cannot judge, if it is new; no other pod, ever.
 #[test]
-fn a_group_that_is_not_known_yet_refuses_new_pods_only() {
+fn a_new_pod_of_an_alias_that_is_not_known_yet_is_refused() {
     let webhook = webhook(false, FailurePolicy::Fail);
-    let ask = |operation| {
-        let body =
-            serde_json::to_vec(&review(operation, "", Some(&tagged_pod()), Some(&tagged_pod()))).unwrap();
-        serde_json::from_slice::<Value>(&webhook.answer("0123456789", &body).unwrap()).unwrap()["response"]
-            .clone()
+    let stranger = json!({"spec": {"containers": [{"name": "app", "image": "new.example.io/app"}]}});
+    let (group, current) = (everywhere(), digest());
+    let allowed = |group: &str, digest: &str, operation: &str, pod: &Value| {
+        let body = serde_json::to_vec(&review(operation, "", Some(pod), Some(&json!({})))).unwrap();
+        let answer = webhook.answer(group, digest, &body).unwrap();
+        serde_json::from_slice::<Value>(&answer).unwrap()["response"]["allowed"].as_bool().unwrap()
     };
-    assert_eq!(ask("CREATE")["allowed"], false);
-    assert_eq!(ask("UPDATE")["allowed"], true);
+    assert!(!allowed("0123456789", "0123456789", "CREATE", &stranger), "an unknown group");
+    assert!(!allowed(group.as_str(), "0123456789", "CREATE", &stranger), "an unknown host in a known group");
+    assert!(allowed(group.as_str(), "0123456789", "CREATE", &tagged_pod()), "a known host");
+    // Were the entry to lose its condition, ordinary pods would still pass.
+    assert!(allowed(group.as_str(), &current, "CREATE", &stranger), "an ordinary pod");
+    assert!(allowed("0123456789", "0123456789", "UPDATE", &stranger), "an update");
 }
 
 #[test]
@@ -350,7 +364,7 @@ proptest! {
     #[test]
     fn any_bytes_are_answered_and_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
         let webhook = webhook(false, FailurePolicy::Fail);
-        prop_assert!(webhook.answer(everywhere().as_str(), &bytes).is_err());
+        prop_assert!(webhook.answer(everywhere().as_str(), &digest(), &bytes).is_err());
     }
 
     #[test]
@@ -363,7 +377,7 @@ proptest! {
         for (at, byte) in flip {
             if let Some(b) = body.get_mut(at) { *b = byte; }
         }
-        if let Ok(answer) = webhook.answer(everywhere().as_str(), &body) {
+        if let Ok(answer) = webhook.answer(everywhere().as_str(), &digest(), &body) {
             let answer: Value = serde_json::from_slice(&answer).unwrap();
             prop_assert!(answer["response"]["allowed"].is_boolean());
         }
