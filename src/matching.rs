@@ -167,12 +167,16 @@ fn entry(part: &Part<'_>, ca_bundle: &ByteString, settings: &EntrySettings) -> M
         client_config: WebhookClientConfig { ca_bundle: Some(ca_bundle.clone()), service, url },
         failure_policy: Some(settings.failure_policy.as_str().to_owned()),
         match_conditions: Some(vec![
-            MatchCondition { name: "names-an-alias".to_owned(), expression: names_one_of(&part.aliases) },
-            MatchCondition {
-                name: "is-no-mirror-pod".to_owned(),
-                expression: "!('kubernetes.io/config.mirror' in object.metadata.?annotations.orValue({}))"
-                    .to_owned(),
-            },
+            condition("names-an-alias", &names_one_of(&part.aliases)),
+            // A change of labels, of finalizers or of the status could not be patched, and must not depend on us.
+            condition(
+                "is-new-or-changes-the-spec",
+                "request.operation == 'CREATE' || object.spec != oldObject.spec",
+            ),
+            condition(
+                "is-no-mirror-pod",
+                "!('kubernetes.io/config.mirror' in object.metadata.?annotations.orValue({}))",
+            ),
         ]),
         match_policy: Some("Equivalent".to_owned()),
         namespace_selector: Some(namespace_selector(selector, &settings.excluded_namespaces)),
@@ -205,6 +209,10 @@ fn names_one_of(aliases: &[&Alias]) -> String {
         format!("({friendly} + (request.operation == 'CREATE' ? {canonical} : []))")
     };
     format!("{IMAGES}\n.exists(i, i.contains('/') && i.split('/')[0].lowerAscii() in {hosts})")
+}
+
+fn condition(name: &str, expression: &str) -> MatchCondition {
+    MatchCondition { name: name.to_owned(), expression: expression.to_owned() }
 }
 
 fn not_in(key: &str, values: Vec<String>) -> LabelSelectorRequirement {

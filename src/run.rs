@@ -108,7 +108,16 @@ pub async fn run(
     });
 
     if let Some(args) = webhook {
-        start_webhook(&process, args, table, certificate.clone(), &readiness, &mut registry, &mut tasks)?;
+        start_webhook(
+            &process,
+            args,
+            table,
+            aliases.clone(),
+            certificate.clone(),
+            &readiness,
+            &mut registry,
+            &mut tasks,
+        )?;
     }
     if let Some(args) = controller {
         start_controller(&process, args, client, aliases, certificate, &readiness, &mut registry, &mut tasks)
@@ -120,10 +129,12 @@ pub async fn run(
     supervise(tasks, signals, &readiness, &process).await
 }
 
+#[allow(clippy::too_many_arguments)]
 fn start_webhook(
     process: &Process,
     args: WebhookArgs,
     table: Arc<ArcSwap<AliasTable>>,
+    aliases: watch::Receiver<Arc<Aliases>>,
     certificate: watch::Receiver<Option<Arc<Secret>>>,
     readiness: &Readiness,
     registry: &mut Registry,
@@ -139,7 +150,7 @@ fn start_webhook(
     };
     let limits =
         Limits { body: args.max_body, concurrency: args.max_concurrency, time: args.request_timeout };
-    let webhook = Webhook::new(table, settings, limits, registry);
+    let webhook = Webhook::new(table, aliases, settings, limits, registry);
     let listener = listen(args.listen, "the webhook (--listen)")?;
     let tls = serving.server_config().context("TLS cannot be set up")?;
     let serve = webhook::serve(listener, tls, webhook, tasks.shutdown.clone(), process.drain);

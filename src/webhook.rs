@@ -30,7 +30,7 @@ use prometheus_client::{
     registry::Registry,
 };
 use rustls::ServerConfig;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
@@ -39,6 +39,7 @@ use crate::{
     mutate::{Mutation, Verdict, mutate},
     review::{self, Operation, Request},
     table::AliasTable,
+    watch::Aliases,
 };
 
 /// How the webhook answers.
@@ -67,11 +68,16 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Webhook {
     table: Arc<ArcSwap<AliasTable>>,
+    /// Changes after the table does.
+    updates: watch::Receiver<Arc<Aliases>>,
     settings: Settings,
     limits: Limits,
     permits: Semaphore,
     metrics: Metrics,
 }
+
+/// How long a pod waits that came ahead of the alias that it names; less than the API server waits for an answer.
+const CATCH_UP: Duration = Duration::from_secs(1);
 
 /// What a pod is told that came ahead of the alias that it names.
 const NOT_KNOWN_YET: &str =
@@ -81,16 +87,18 @@ const NOT_KNOWN_YET: &str =
 type Answer = Result<Vec<u8>, (StatusCode, String)>;
 
 impl Webhook {
-    /// A webhook that decides with what `table` holds at the time.
+    /// A webhook that decides with what `table` holds at the time. `updates` changes after the table does.
     #[must_use]
     pub fn new(
         table: Arc<ArcSwap<AliasTable>>,
+        updates: watch::Receiver<Arc<Aliases>>,
         settings: Settings,
         limits: Limits,
         registry: &mut Registry,
     ) -> Arc<Self> {
         Arc::new(Self {
             table,
+            updates,
             settings,
             permits: Semaphore::new(limits.concurrency),
             limits,
@@ -119,6 +127,38 @@ impl Webhook {
         self.metrics.count(outcome);
         self.metrics.latency.observe(started.elapsed().as_secs_f64());
         answer
+    }
+
+    /// Waits, for a moment, until this replica knows the alias that a new pod names: the API server learns of an alias by a
+    /// watch of its own, which may be the faster one.
+    async fn catch_up(&self, group: &str, digest: &str, body: &[u8]) {
+        if !self.is_behind(group, digest, body) {
+            return;
+        }
+        let mut updates = self.updates.clone();
+        let catching_up = async {
+            loop {
+                updates.mark_unchanged();
+                if !self.is_behind(group, digest, body) || updates.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        // Without success, the answer says so.
+        let _ = tokio::time::timeout(CATCH_UP, catching_up).await;
+    }
+
+    /// Whether the API server knows an alias that this replica does not, and this very pod names it.
+    fn is_behind(&self, group: &str, digest: &str, body: &[u8]) -> bool {
+        let table = self.table.load();
+        let hosts = table.group(group);
+        if hosts.is_some_and(|hosts| hosts.agrees_with(digest)) {
+            return false;
+        }
+        review::parse(body).is_ok_and(|request| match hosts {
+            None => request.operation == Operation::Create,
+            Some(hosts) => matches!(mutate(&request, hosts, &self.settings.pull_secret), Verdict::Unknown),
+        })
     }
 
     fn decide(&self, group: &str, digest: &str, request: &Request<'_>) -> (Outcome, Vec<u8>) {
@@ -231,7 +271,10 @@ async fn admit(
         Err((StatusCode::REQUEST_TIMEOUT, text))
     };
     let answer = match body.unwrap_or_else(slow) {
-        Ok((body, _permit)) => webhook.answer(&group, &digest, &body),
+        Ok((body, _permit)) => {
+            webhook.catch_up(&group, &digest, &body).await;
+            webhook.answer(&group, &digest, &body)
+        }
         Err(rejected) => {
             webhook.metrics.count(Outcome::Rejected);
             Err(rejected)

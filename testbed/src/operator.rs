@@ -102,7 +102,7 @@ impl Start {
 /// # Errors
 /// A manifest is refused.
 pub async fn install(control_plane: &ControlPlane) -> Result<()> {
-    for file in ["crd.yaml", "rbac.yaml", "webhook.yaml"] {
+    for file in ["crd.yaml", "rbac.yaml", "policy.yaml", "webhook.yaml"] {
         let path = workspace::root().join("manifests").join(file);
         let yaml = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
         control_plane.apply(&yaml).await.with_context(|| format!("cannot apply {}", path.display()))?;

@@ -68,7 +68,8 @@ fn webhook(audit: bool, failure_policy: FailurePolicy) -> Arc<Webhook> {
     let settings = Settings { pull_secret: "ecr-cname".to_owned(), audit, failure_policy };
     let limits = Limits { body: 1 << 20, concurrency: 4, time: Duration::from_secs(5) };
     let table = Arc::new(ArcSwap::from_pointee(table()));
-    Webhook::new(table, settings, limits, &mut metrics::registry())
+    let (_, updates) = tokio::sync::watch::channel(Arc::default());
+    Webhook::new(table, updates, settings, limits, &mut metrics::registry())
 }
 
 /// The group of the aliases that select every namespace.

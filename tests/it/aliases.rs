@@ -166,6 +166,26 @@ async fn a_selector_decides_where_the_name_holds() {
     assert_eq!(images(&cluster.pod(&outside, "web-2", &image).await), [format!("{registry}/app")]);
 }
 
+/// The API server drops the empty parts of a selector from a webhook entry; that must not look like drift.
+#[tokio::test]
+async fn every_way_to_write_a_selector_of_all_namespaces() {
+    let cluster = shared().await;
+    for selector in [
+        json!({}),
+        json!({"matchLabels": {}}),
+        json!({"matchExpressions": []}),
+        json!({"matchExpressions": [{"key": "kubernetes.io/metadata.name", "operator": "Exists", "values": []}]}),
+    ] {
+        let name = unique("all");
+        let host = format!("{name}.example.io");
+        cluster
+            .alias(&name, json!({"host": host, "registry": REGISTRY, "namespaceSelector": selector}))
+            .await;
+        let pod = cluster.pod(&cluster.namespace(&[]).await, "web", &format!("{host}/app")).await;
+        assert_eq!(images(&pod), [format!("{REGISTRY}/app")], "{selector}");
+    }
+}
+
 #[tokio::test]
 async fn a_cname_is_followed_into_allowed_accounts_only_and_the_last_good_answer_is_kept() {
     let cluster = shared().await;

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use k8s_openapi::api::core::v1::Pod;
-use kube::Api;
+use kube::{
+    Api,
+    api::{DeleteParams, Patch, PatchParams},
+};
 use serde_json::json;
 use testbed::{
     aws::{Fault, Operation, Scope, TOKEN_PREFIX},
@@ -21,13 +24,26 @@ const MINT: Operation = Operation::GetAuthorizationToken;
 async fn while_the_operator_is_down_ordinary_pods_start_and_alias_pods_are_refused() {
     let running = Cluster::start().await.run().await;
     let namespace = running.namespace(&[]).await;
-    running.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    let old = json!({"containers": [{"name": "app", "image": "a.example.io/app"}]});
+    running.try_pod(&namespace, "old", old).await.unwrap();
+    let spec = json!({"host": "a.example.io", "registry": REGISTRY, "pullSecret": "Registry"});
+    running.alias("internal", spec).await;
+    running.pod(&namespace, "canonical", &format!("{REGISTRY}/app")).await;
     running.operator.process().kill().unwrap();
     running.operator.process().wait(LIMIT).expect("the operator ends");
 
     let pod = running.pod(&namespace, "ordinary", "nginx").await;
     assert_eq!(images(&pod), ["nginx"]);
-    running.pod(&namespace, "canonical", &format!("{REGISTRY}/app")).await;
+    // Nor does a change of a pod that is there already, unless it changes what may name an image.
+    for name in ["old", "canonical", "ordinary"] {
+        let pods: Api<Pod> = Api::namespaced(running.client(), &namespace);
+        let labelled = json!({"metadata": {"labels": {"a": "b"}, "finalizers": ["example.io/x"]}});
+        pods.patch(name, &PatchParams::default(), &Patch::Merge(labelled)).await.unwrap();
+        pods.delete(name, &DeleteParams::default().grace_period(0)).await.unwrap();
+        let finalized = json!({"metadata": {"finalizers": null}});
+        pods.patch(name, &PatchParams::default(), &Patch::Merge(finalized)).await.unwrap();
+        assert!(pods.get_opt(name).await.unwrap().is_none(), "{name}");
+    }
     let spec = json!({"containers": [{"name": "app", "image": "a.example.io/app"}]});
     let error = running.try_pod(&namespace, "alias", spec.clone()).await.unwrap_err().to_string();
     assert!(error.contains("ecr-cname.dev"), "{error}");

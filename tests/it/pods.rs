@@ -216,14 +216,27 @@ async fn a_dry_run_shows_the_same_and_stores_nothing() {
     assert!(Api::<Pod>::namespaced(cluster.client(), &namespace).get_opt("dry").await.unwrap().is_none());
 }
 
-/// The condition that the API server evaluates stays within its budget for the largest pods.
+/// The conditions that the API server evaluates stay within its budget for the largest pods, new and old.
 #[tokio::test]
 async fn a_very_large_pod() {
     let cluster = shared().await;
-    let (_, host) = alias(json!({})).await;
+    let name = unique("large");
+    let host = format!("{name}.example.io");
     let namespace = cluster.namespace(&[]).await;
     let containers: Vec<_> =
         (0..1000).map(|i| json!({"name": format!("c{i}"), "image": format!("{host}/app-{i}")})).collect();
-    let pod = cluster.try_pod(&namespace, "large", json!({"containers": containers})).await.unwrap();
+    cluster.try_pod(&namespace, "old", json!({"containers": containers})).await.unwrap();
+    cluster.alias(&name, json!({"host": host, "registry": REGISTRY})).await;
+    let pod = cluster.try_pod(&namespace, "new", json!({"containers": containers})).await.unwrap();
     assert!(images(&pod).iter().all(|image| image.starts_with(REGISTRY)));
+    let pods: Api<Pod> = Api::namespaced(cluster.client(), &namespace);
+    let labelled = json!({"metadata": {"labels": {"a": "b"}}});
+    pods.patch("old", &PatchParams::default(), &Patch::Merge(labelled)).await.unwrap();
+    let mut debug = pods.get("old").await.unwrap();
+    let image = format!("{host}/debug");
+    debug.spec.as_mut().unwrap().ephemeral_containers =
+        Some(vec![serde_json::from_value(json!({"name": "debug", "image": image})).unwrap()]);
+    let debug = pods.replace_ephemeral_containers("old", &Default::default(), &debug).await.unwrap();
+    let image = debug.spec.unwrap().ephemeral_containers.unwrap().remove(0).image;
+    assert_eq!(image, Some(format!("{REGISTRY}/debug")));
 }

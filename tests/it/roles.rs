@@ -1,5 +1,6 @@
 //! Two roles, one binary: what each may do, how leaders change, and how the certificate is renewed.
 
+use ecr_cname::crd::RegistryAlias;
 use k8s_openapi::{
     ByteString,
     api::{coordination::v1::Lease, core::v1::Secret},
@@ -70,6 +71,26 @@ async fn each_role_may_do_what_it_needs_and_nothing_else() {
     }
 }
 
+/// RBAC cannot narrow the creation of Secrets; the admission policy beside it does.
+#[tokio::test]
+async fn the_controller_creates_no_secrets_but_its_own() {
+    let cluster = shared().await;
+    let namespace = cluster.namespace(&[("ecr-cname.dev/rewrite", "disabled")]).await;
+    let user = format!("--as=system:serviceaccount:{NAMESPACE}:ecr-cname-controller");
+    let create = async |name: &str, type_: &str| {
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "type": type_, "metadata": {"name": name,
+            "namespace": namespace, "annotations": {"kubernetes.io/service-account.name": "default"}},
+            "data": {".dockerconfigjson": ByteString(b"{}".to_vec())}});
+        cluster.control_plane.kubectl_stdin(&["create", "-f", "-", &user], &secret.to_string()).await
+    };
+    // A token of any service account, under the one name that may be read.
+    for (name, type_) in [("ecr-cname", "kubernetes.io/service-account-token"), ("other", "Opaque")] {
+        let refused = create(name, type_).await.unwrap_err().to_string();
+        assert!(refused.contains("creates pull secrets and its serving certificate only"), "{refused}");
+    }
+    create("ecr-cname", "kubernetes.io/dockerconfigjson").await.unwrap();
+}
+
 /// The two roles as two processes, each under its own service account; then a second controller takes over, without
 /// one write of a Secret that is still good.
 #[tokio::test]
@@ -89,6 +110,8 @@ async fn webhook_and_controller_apart_and_a_second_controller_takes_over() {
     assert!((first.metric("ecr_cname_leader").await.unwrap() - 1.0).abs() < f64::EPSILON);
     assert_eq!(spawned.metric("ecr_cname_leader").await.unwrap().to_bits(), 0);
 
+    let ready_since = since(&cluster.ready("internal").await);
+
     // Handed over: the second leads as soon as the first is told to stop.
     let second = cluster.operator(cluster.quick(Start::controller(address)).named("second")).await;
     assert_eq!(second.metric("ecr_cname_leader").await.unwrap().to_bits(), 0);
@@ -102,6 +125,9 @@ async fn webhook_and_controller_apart_and_a_second_controller_takes_over() {
     let after = cluster.secrets(&namespace).get("ecr-cname").await.unwrap();
     assert_eq!(after.resource_version(), before.resource_version());
 
+    // Nor did anyone who waits for the alias see it unready.
+    assert_eq!(since(&cluster.ready("internal").await), ready_since);
+
     // Killed: the third leads when the Lease has run out.
     let _third = cluster.operator(cluster.quick(Start::controller(address)).named("third")).await;
     second.process().kill().unwrap();
@@ -109,6 +135,12 @@ async fn webhook_and_controller_apart_and_a_second_controller_takes_over() {
     cluster.token(&cluster.namespace(&[]).await, REGISTRY).await;
     let after = cluster.secrets(&namespace).get("ecr-cname").await.unwrap();
     assert_eq!(after.resource_version(), before.resource_version());
+}
+
+/// Since when each condition of an alias is as it is.
+fn since(alias: &RegistryAlias) -> Vec<(String, String, jiff::Timestamp)> {
+    let conditions = &alias.status.as_ref().unwrap().conditions;
+    conditions.iter().map(|c| (c.type_.clone(), c.status.clone(), c.last_transition_time.0)).collect()
 }
 
 /// Waits until a replica holds the Lease.

@@ -57,6 +57,15 @@ async fn drift_is_healed_in_place() {
     cluster
         .secret(&namespace, |s| s?.annotations().contains_key("ecr-cname.dev/contents").then_some(()))
         .await;
+    // Nor may a forged one keep an old token in place for ever.
+    let forged = json!({"metadata": {"annotations": {"ecr-cname.dev/contents":
+        format!(r#"{{"{REGISTRY}":{{"expiresAt":"2099-01-01T00:00:00Z","identity":"operator"}}}}"#)}}});
+    secrets.patch("ecr-cname", &PatchParams::default(), &Patch::Merge(forged)).await.unwrap();
+    cluster
+        .secret(&namespace, |s| {
+            (!s?.annotations().get("ecr-cname.dev/contents")?.contains("2099")).then_some(())
+        })
+        .await;
     secrets.delete("ecr-cname", &DeleteParams::default()).await.unwrap();
     cluster.holds(&namespace, REGISTRY, &token).await;
 }
@@ -188,4 +197,33 @@ async fn a_quota_holds_up_only_its_own_namespace() {
     cluster.ready(&name).await;
     cluster.control_plane.kubectl(&["delete", "resourcequota", "none", "-n", &full]).await.unwrap();
     tokio::time::timeout(LIMIT, cluster.token(&full, REGISTRY)).await.unwrap();
+}
+
+/// Two aliases that lead to one registry as two identities: the older has it in the Secret, and both say they are served.
+/// When the identity of an alias changes, it is ready only when the Secret holds the new one's token.
+#[tokio::test]
+async fn two_identities_for_one_registry_and_a_change_of_identity() {
+    let cluster = shared().await;
+    let name = unique("identities");
+    let namespace = cluster.namespace(&[("identities", &name)]).await;
+    let registry = "777777777777.dkr.ecr.us-east-1.amazonaws.com";
+    let role = |n: u32| format!("arn:aws:iam::777777777777:role/{name}-{n}");
+    for n in 1..=3 {
+        cluster.aws.role(&role(n)).trusts_role(testbed::operator::ROLE);
+    }
+    let spec = |n: u32, selector: serde_json::Value| {
+        json!({"host": format!("{name}-{n}.example.io"), "registry": registry,
+            "namespaceSelector": selector, "credentials": {"roleArn": role(n)}})
+    };
+    let (older, younger) = (format!("{name}-1"), format!("{name}-2"));
+    cluster.alias(&older, spec(1, json!({"matchLabels": {"identities": name}}))).await;
+    let exists = json!({"matchExpressions": [{"key": "identities", "operator": "In", "values": [name]}]});
+    cluster.alias(&younger, spec(2, exists)).await;
+    let current = |n: u32| cluster.aws.current_token(&role(n), "us-east-1").unwrap();
+    assert_eq!(cluster.token(&namespace, registry).await, current(1));
+
+    cluster.patch_alias(&older, json!({"spec": {"credentials": {"roleArn": role(3)}}})).await;
+    cluster.ready(&older).await;
+    let held = tokens(&cluster.secrets(&namespace).get("ecr-cname").await.unwrap()).remove(registry);
+    assert_eq!(held, Some(current(3)));
 }
