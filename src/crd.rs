@@ -153,7 +153,7 @@ pub struct RegistryAliasStatus {
 #[derive(Serialize, Deserialize, JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Namespaces {
     /// How many it selects.
-    pub selected: u32,
+    pub selected: i32,
     /// How many of them hold its pull secret.
-    pub synced: u32,
+    pub synced: i32,
 }

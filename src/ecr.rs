@@ -18,8 +18,11 @@ use aws_config::{
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_ecr::{
     Client,
-    error::{ProvideErrorMetadata, SdkError},
+    error::{ErrorMetadata, SdkError},
     operation::get_authorization_token::GetAuthorizationTokenError,
+};
+use aws_sdk_sts::operation::{
+    assume_role::AssumeRoleError, assume_role_with_web_identity::AssumeRoleWithWebIdentityError,
 };
 use aws_smithy_http_client::{
     Builder, Connector,
@@ -243,71 +246,76 @@ fn tls_context() -> Result<TlsContext, SetupError> {
         .map_err(|e| SetupError::Tls { path: path.unwrap_or_default(), problem: chain(&e) })
 }
 
+/// Makes of an SDK error a reason, what to do, and AWS's own words.
 fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) -> TokenError {
-    let detail = chain(error);
-    let region = &principal.region.name;
-    let (reason, advice) = match error {
-        SdkError::ServiceError(context) => {
-            let status = context.raw().status().as_u16();
-            match context.err().code().unwrap_or_default() {
-                "ThrottlingException" | "TooManyRequestsException" | "RequestLimitExceeded" => {
-                    (Reason::Throttled, "AWS is throttling; this is tried again with back-off".to_owned())
-                }
-                code if code.contains("AccessDenied") => (
-                    Reason::AccessDenied,
-                    "allow ecr:GetAuthorizationToken on \"*\" in the policy of this identity".to_owned(),
-                ),
-                "UnrecognizedClientException" | "InvalidSignatureException" | "ExpiredTokenException" => (
-                    Reason::NoCredentials,
-                    "AWS does not accept the credentials; check the role and the node's clock".to_owned(),
-                ),
-                "" if status < 500 => (
-                    Reason::BadAnswer,
-                    "the answer could not be read; is something else answering for AWS?".to_owned(),
-                ),
-                _ if status >= 500 => (Reason::ServiceError, "AWS failed; this is tried again".to_owned()),
-                _ => (Reason::AccessDenied, "AWS refused the call".to_owned()),
+    let credentials = find::<CredentialsError>(error).is_some();
+    let (code, message) = said(error);
+    let status = match error {
+        SdkError::ServiceError(context) => Some(context.raw().status().as_u16()),
+        _ => None,
+    };
+    let reason = match code.as_deref() {
+        Some("ThrottlingException" | "Throttling" | "TooManyRequestsException" | "RequestLimitExceeded") => {
+            Reason::Throttled
+        }
+        Some("UnrecognizedClientException" | "InvalidSignatureException") => Reason::NoCredentials,
+        Some(code) if code.contains("ExpiredToken") || code.contains("InvalidIdentityToken") => {
+            Reason::NoCredentials
+        }
+        Some(code) if code.contains("AccessDenied") => Reason::AccessDenied,
+        _ if status.is_some_and(|status| status >= 500) => Reason::ServiceError,
+        Some(_) if credentials => Reason::NoCredentials,
+        Some(_) => Reason::AccessDenied,
+        None if status.is_some() || matches!(error, SdkError::ResponseError(_)) => Reason::BadAnswer,
+        None if credentials && find::<SdkError<AssumeRoleError>>(error).is_none_or(|e| !is_network(e)) => {
+            Reason::NoCredentials
+        }
+        None => Reason::Unreachable,
+    };
+    let advice = match reason {
+        Reason::Throttled => "AWS is throttling; this is tried again with back-off".to_owned(),
+        Reason::ServiceError => "AWS failed; this is tried again".to_owned(),
+        Reason::BadAnswer | Reason::ExpiredOnArrival => {
+            "the answer could not be read; is something else answering for AWS?".to_owned()
+        }
+        Reason::Unreachable => unreachable_advice(&principal.region.name),
+        Reason::AccessDenied if !credentials => {
+            "allow ecr:GetAuthorizationToken on \"*\" in the policy of this identity".to_owned()
+        }
+        Reason::AccessDenied | Reason::NoCredentials => match &principal.identity {
+            Identity::Operator => {
+                "check the role on the controller's service account (IRSA or Pod Identity)".to_owned()
             }
-        }
-        SdkError::TimeoutError(_) => (Reason::Unreachable, unreachable_advice(region)),
-        // Only credentials that cannot be had are a failure of the user; the rest is of the network.
-        SdkError::DispatchFailure(failure)
-            if !is_credentials(failure.as_connector_error().map(|e| e as _)) =>
-        {
-            (Reason::Unreachable, unreachable_advice(region))
-        }
-        SdkError::ResponseError(_) => (Reason::BadAnswer, "the answer could not be read".to_owned()),
-        _ => (
-            Reason::NoCredentials,
-            match &principal.identity {
-                Identity::Operator => {
-                    "check the role on the controller's service account (IRSA or Pod Identity)".to_owned()
-                }
-                Identity::Role { arn, .. } => {
-                    format!("check that {arn} trusts the operator's role, and the external ID")
-                }
-            },
-        ),
+            Identity::Role { arn, .. } => format!(
+                "check that {arn} trusts the operator's role, and the external ID; and that the operator has a role itself"
+            ),
+        },
     };
-    let message = match error.as_service_error() {
-        Some(service) if service.meta().code().is_some() => {
-            let meta = service.meta();
-            format!("{}: {}", meta.code().unwrap_or_default(), meta.message().unwrap_or("no message"))
-        }
-        _ => detail,
+    let said = match code {
+        Some(code) => format!("{code}: {}", message.unwrap_or_else(|| "no message".to_owned())),
+        None => chain(error),
     };
-    TokenError { reason, problem: format!("no token for {principal}: {advice} ({message})") }
+    TokenError { reason, problem: format!("no token for {principal}: {advice} ({said})") }
 }
 
-/// Whether an error is, at its root, that credentials could not be had.
-fn is_credentials(mut error: Option<&(dyn std::error::Error + 'static)>) -> bool {
-    while let Some(e) = error {
-        if e.is::<CredentialsError>() {
-            return true;
-        }
-        error = e.source();
-    }
-    false
+/// What AWS itself says: the code and the message of the innermost service error.
+fn said(error: &SdkError<GetAuthorizationTokenError>) -> (Option<String>, Option<String>) {
+    let own = |meta: &ErrorMetadata| (meta.code().map(str::to_owned), meta.message().map(str::to_owned));
+    let role =
+        find::<SdkError<AssumeRoleError>>(error).and_then(|e| e.as_service_error()).map(|e| own(e.meta()));
+    let web_identity = find::<SdkError<AssumeRoleWithWebIdentityError>>(error)
+        .and_then(|e| e.as_service_error())
+        .map(|e| own(e.meta()));
+    role.or(web_identity).or_else(|| error.as_service_error().map(|e| own(e.meta()))).unwrap_or_default()
+}
+
+fn is_network<E>(error: &SdkError<E>) -> bool {
+    matches!(error, SdkError::TimeoutError(_) | SdkError::DispatchFailure(_))
+}
+
+/// The first error of a type in a chain of causes.
+fn find<'e, E: std::error::Error + 'static>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e E> {
+    std::iter::successors(Some(error), |e| e.source()).find_map(|e| e.downcast_ref())
 }
 
 fn unreachable_advice(region: &str) -> String {

@@ -71,9 +71,9 @@ pub type Summary = BTreeMap<String, Synced>;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Synced {
     /// How many namespaces the alias selects.
-    pub selected: u32,
+    pub selected: i32,
     /// How many of them hold a live token for its registry.
-    pub synced: u32,
+    pub synced: i32,
     /// The first few of those that have a problem, and which.
     pub problems: Vec<(String, String)>,
 }
@@ -496,7 +496,7 @@ impl Keeper {
                     state.observed.as_ref().is_some_and(|o| o.holds(r.as_str(), identity, now))
                 });
                 complete &= holds;
-                entry.synced += u32::from(holds);
+                entry.synced += i32::from(holds);
                 if let Some(problem) = &state.problem
                     && entry.problems.len() < MAX_PROBLEMS
                 {

@@ -44,6 +44,8 @@ async fn main() -> ExitCode {
 async fn hold() -> Result<()> {
     eprintln!("testbed: starting the control plane");
     let control_plane = ControlPlane::start().await?;
+    // Without it no pod can be made, and no controller runs that would make it.
+    control_plane.service_account("default", "default").await?;
     let aws = AwsStandIn::start(control_plane.issuer())?;
     aws.role(ROLE).trusts_subject(SUBJECT);
     let credentials = aws.issue_credentials(ROLE, Duration::from_secs(7 * 24 * 60 * 60))?;

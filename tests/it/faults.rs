@@ -105,7 +105,7 @@ async fn a_token_is_refreshed_before_it_expires_by_one_call_for_all_namespaces()
 #[tokio::test]
 async fn a_failing_refresh_keeps_the_last_good_token_says_why_and_heals() {
     let cluster = Cluster::start().await;
-    cluster.aws.set_token_lifetime(Duration::from_secs(40));
+    cluster.aws.set_token_lifetime(Duration::from_secs(60));
     let running = cluster.run().await;
     let namespace = running.namespace(&[]).await;
     running.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
@@ -121,6 +121,8 @@ async fn a_failing_refresh_keeps_the_last_good_token_says_why_and_heals() {
         (Fault::ExpiredToken, "TokenExpiredOnArrival"),
         (Fault::MalformedBody, "BadAnswer"),
         (Fault::CloseConnection, "AWSUnreachable"),
+        // Global STS endpoint or no timeout: hangs in private clusters: aws-app-mesh-controller #252.
+        (Fault::Hang, "AWSUnreachable"),
     ] {
         running.aws.heal();
         running.aws.inject(fault, Scope::of(MINT));
@@ -143,6 +145,9 @@ async fn a_failing_refresh_keeps_the_last_good_token_says_why_and_heals() {
     let secret = running.secrets(&namespace).get("ecr-cname").await.unwrap();
     assert_eq!(tokens(&secret)[REGISTRY], token);
     assert_eq!(version(&secret), before);
+    // A network call inside admission: a registry hiccup blocks pods: kyverno #12114; k8s-image-swapper #632. Not here.
+    let pod = running.pod(&namespace, "meanwhile", "a.example.io/app").await;
+    assert_eq!(images(&pod), [format!("{REGISTRY}/app")]);
     // A new namespace still gets what is good.
     running.holds(&running.namespace(&[]).await, REGISTRY, &token).await;
     let failures =

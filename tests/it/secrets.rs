@@ -151,6 +151,7 @@ async fn a_role_is_assumed_with_its_external_id() {
     let conditions = alias.status.unwrap().conditions;
     let message = &conditions.iter().find(|c| c.type_ == "TokenReady").unwrap().message;
     assert!(message.contains(&role) && message.contains("external ID"), "{message}");
+    assert!(message.contains("(AccessDenied: ") && !message.contains("Error {"), "{message}");
     cluster.patch_alias(&name, json!({"spec": {"credentials": credentials("secret-handshake")}})).await;
     cluster.ready(&name).await;
     let token = cluster.token(&namespace, registry).await;
