@@ -1,4 +1,4 @@
-//! Pull secrets: one Secret for each namespace that an alias selects, kept as [`pull_secret::plan`] says.
+//! Pull secrets: one Secret for each namespace that an alias selects, kept as [`crate::pull_secret::plan`] says.
 //!
 //! One loop owns all state and decides; only the calls to the API server run side by side, at most one for a
 //! namespace. So a namespace that fails (a quota, a foreign admission policy) holds up no other.

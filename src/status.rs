@@ -1,6 +1,6 @@
 //! Status: what the controller found out about each alias, as conditions that a person can act on.
 //!
-//! [`judge`] is pure; the loop around it writes what changed, and an Event for each transition.
+//! `judge` is pure; the loop around it writes what changed, and an Event for each transition.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
