@@ -4,6 +4,7 @@
 //! namespace. So a namespace that fails (a quota, a foreign admission policy) holds up no other.
 
 mod call;
+mod metrics;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -22,11 +23,6 @@ use kube::{
         watcher,
     },
 };
-use prometheus_client::{
-    encoding::{EncodeLabelSet, EncodeLabelValue},
-    metrics::{counter::Counter, family::Family, gauge::Gauge},
-    registry::Registry,
-};
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
@@ -43,6 +39,8 @@ use crate::{
     watch::{Aliases, Change, bounded, chain, follow},
 };
 use call::{Call, CallError};
+pub use metrics::SecretMetrics;
+use metrics::WriteOutcome;
 
 /// How many calls run at one time.
 const CONCURRENCY: usize = 32;
@@ -355,7 +353,7 @@ impl Keeper {
             return None;
         }
         let now = Timestamp::now();
-        let tokens = self.tokens.borrow_and_update().clone();
+        let tokens = self.tokens.borrow().clone();
         let choices = choices(&self.groups, &state.groups, &tokens, now);
         let wanted = choices.iter().map(|(host, choice)| {
             let token = choice.token.as_ref().map(|t| (t.expires_at, t.lifetime));
@@ -595,62 +593,5 @@ async fn sleep_until(at: Option<Instant>) {
     match at {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
-    }
-}
-
-/// Metrics of pull secrets.
-#[derive(Clone, Debug, Default)]
-pub struct SecretMetrics {
-    selected: Gauge,
-    synced: Gauge,
-    writes: Family<Labels, Counter>,
-}
-
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct Labels {
-    outcome: WriteOutcome,
-}
-
-#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq, EncodeLabelValue)]
-enum WriteOutcome {
-    Applied,
-    Deleted,
-    Failed,
-}
-
-impl SecretMetrics {
-    /// Registers the metrics.
-    pub fn new(registry: &mut Registry) -> Self {
-        let metrics = Self::default();
-        // Every outcome is there from the start, so that a rate has a zero to rise from.
-        for outcome in [WriteOutcome::Applied, WriteOutcome::Deleted, WriteOutcome::Failed] {
-            let _ = metrics.writes.get_or_create(&Labels { outcome });
-        }
-        registry.register(
-            "namespaces_selected",
-            "Namespaces that at least one alias selects",
-            metrics.selected.clone(),
-        );
-        registry.register(
-            "namespaces_synced",
-            "Selected namespaces whose pull secret holds a live token for every alias",
-            metrics.synced.clone(),
-        );
-        registry.register(
-            "pull_secret_writes",
-            "Writes of pull secrets, by what came of them",
-            metrics.writes.clone(),
-        );
-        metrics
-    }
-
-    /// Forgets what it showed: this replica does not lead any more.
-    pub fn clear(&self) {
-        self.selected.set(0);
-        self.synced.set(0);
-    }
-
-    fn count(&self, outcome: WriteOutcome) {
-        self.writes.get_or_create(&Labels { outcome }).inc();
     }
 }
