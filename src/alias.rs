@@ -162,6 +162,13 @@ impl Alias {
         Some(Principal { identity: self.identity.clone(), region })
     }
 
+    /// What the pull secrets of the alias are made for: where this is another, they are others.
+    #[must_use]
+    pub fn serves(&self) -> String {
+        let registry = self.registry().map_or("", EcrHost::as_str);
+        format!("{registry} {} {} {:?}", self.identity, self.group(), self.pull_secret)
+    }
+
     /// The group of aliases that hold in the same namespaces.
     #[must_use]
     pub fn group(&self) -> Group {

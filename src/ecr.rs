@@ -250,6 +250,8 @@ fn tls_context() -> Result<TlsContext, SetupError> {
 fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) -> TokenError {
     let credentials = find::<CredentialsError>(error).is_some();
     let (code, message) = said(error);
+    let network = find::<SdkError<AssumeRoleError>>(error).is_some_and(is_network)
+        || find::<SdkError<AssumeRoleWithWebIdentityError>>(error).is_some_and(is_network);
     let status = match error {
         SdkError::ServiceError(context) => Some(context.raw().status().as_u16()),
         _ => None,
@@ -267,9 +269,7 @@ fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) 
         Some(_) if credentials => Reason::NoCredentials,
         Some(_) => Reason::AccessDenied,
         None if status.is_some() || matches!(error, SdkError::ResponseError(_)) => Reason::BadAnswer,
-        None if credentials && find::<SdkError<AssumeRoleError>>(error).is_none_or(|e| !is_network(e)) => {
-            Reason::NoCredentials
-        }
+        None if credentials && !network => Reason::NoCredentials,
         None => Reason::Unreachable,
     };
     let advice = match reason {
@@ -310,7 +310,11 @@ fn said(error: &SdkError<GetAuthorizationTokenError>) -> (Option<String>, Option
 }
 
 fn is_network<E>(error: &SdkError<E>) -> bool {
-    matches!(error, SdkError::TimeoutError(_) | SdkError::DispatchFailure(_))
+    match error {
+        SdkError::TimeoutError(_) => true,
+        SdkError::DispatchFailure(failure) => failure.is_io() || failure.is_timeout(),
+        _ => false,
+    }
 }
 
 /// The first error of a type in a chain of causes.

@@ -69,8 +69,8 @@ pub enum IssueError {
 enum Step {
     /// Nothing until that time.
     Wait(Timestamp),
-    /// Nothing until the API server trusts the next CA.
-    WaitForTrust,
+    /// Nothing until the API server trusts the next CA, or the leaf expires.
+    WaitForTrust(Timestamp),
     /// Issue a first certificate, or one in place of what cannot be used: there is nothing to overlap with.
     Issue,
     /// Issue the next certificate, and have both CAs trusted.
@@ -101,10 +101,9 @@ pub async fn keep(
         trusted_since = if trusts { trusted_since.or(Some(Timestamp::now())) } else { None };
         let step = step(current.as_deref(), &settings, trusted_since, Timestamp::now());
         let pause = match &step {
-            Step::Wait(until) => {
+            Step::Wait(until) | Step::WaitForTrust(until) => {
                 Duration::try_from(until.duration_since(Timestamp::now())).unwrap_or_default()
             }
-            Step::WaitForTrust => Duration::from_secs(3600),
             Step::LeaveAlone => {
                 warn!(
                     secret = settings.secret,
@@ -159,7 +158,7 @@ fn step(
         return match trusted_since.map(|since| since + overlap) {
             Some(ready) if ready <= now => Step::Promote,
             Some(ready) => Step::Wait(ready),
-            None => Step::WaitForTrust,
+            None => Step::WaitForTrust(expires),
         };
     }
     let renew = expires - settings.lifetime / 3;
@@ -184,7 +183,7 @@ async fn perform(
     let old = |key: &str| current.and_then(|s| s.data.as_ref()?.get(key)).map(|b| b.0.clone());
     let mut data: BTreeMap<&str, Vec<u8>> = BTreeMap::new();
     match step {
-        Step::Wait(_) | Step::WaitForTrust | Step::LeaveAlone => return Ok(()),
+        Step::Wait(_) | Step::WaitForTrust(_) | Step::LeaveAlone => return Ok(()),
         Step::Issue => {
             let issued = issue(settings)?;
             info!(names = ?settings.names, "issuing the serving certificate");
@@ -343,7 +342,7 @@ mod tests {
         assert_eq!(step(Some(&secret(&serving)), &settings, None, soon), Step::Prepare);
         let next = issue(&settings).unwrap();
         let both = [&serving[..], &[(NEXT_CRT, next.crt), (NEXT_KEY, next.key)]].concat();
-        assert_eq!(step(Some(&secret(&both)), &settings, None, soon), Step::WaitForTrust);
+        assert!(matches!(step(Some(&secret(&both)), &settings, None, soon), Step::WaitForTrust(_)));
         let trusted = Some(soon);
         assert!(matches!(step(Some(&secret(&both)), &settings, trusted, soon), Step::Wait(_)));
         assert_eq!(

@@ -65,9 +65,9 @@ pub async fn keep(
     let mut backoff = BACKOFF.0;
     loop {
         let (all, secret) = (aliases.borrow_and_update().clone(), certificate.borrow_and_update().clone());
-        let configuration = observed.borrow_and_update().clone();
+        let mut actual = observed.borrow_and_update().clone();
         let mut again = None;
-        let problem = match (&configuration, secret.as_deref().and_then(ca_bundle)) {
+        let problem = match (actual.clone(), secret.as_deref().and_then(ca_bundle)) {
             (None, _) => Some(format!(
                 "MutatingWebhookConfiguration {name:?} does not exist: install the chart, or apply manifests/webhook.yaml"
             )),
@@ -76,14 +76,15 @@ pub async fn keep(
             }
             (Some(configuration), Some(bundle)) => {
                 let desired = matching::entries(&all.accepted.aliases, bundle, &settings);
-                if ours(configuration) == desired {
+                if ours(&configuration) == desired {
                     backoff = BACKOFF.0;
                     None
                 } else {
-                    match apply(&api, configuration, &desired).await {
+                    match apply(&api, &configuration, &desired).await {
                         Ok(written) if ours(&written) == desired => {
                             info!(entries = desired.len(), "registered the webhook");
-                            // The watch will say the same; what it says is what counts.
+                            // The watch will say the same.
+                            actual = Some(Arc::new(written));
                             None
                         }
                         Ok(_) => {
@@ -98,7 +99,7 @@ pub async fn keep(
                 }
             }
         };
-        publish(&registered, configuration.as_deref(), secret.as_deref(), &all, &settings, problem);
+        publish(&registered, actual.as_deref(), secret.as_deref(), &all, &settings, problem);
         tokio::select! {
             alive = aliases.changed() => if alive.is_err() { return },
             alive = certificate.changed() => if alive.is_err() { return },
@@ -133,13 +134,7 @@ fn publish(
         warn!(problem, "the webhook is not registered");
     }
     let new = Registered { entries, problem };
-    registered.send_if_modified(|old| {
-        let changed = **old != new;
-        if changed {
-            *old = Arc::new(new);
-        }
-        changed
-    });
+    registered.send_replace(Arc::new(new));
 }
 
 /// The entries of a configuration that are ours to keep.

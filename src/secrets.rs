@@ -68,6 +68,8 @@ pub type Summary = BTreeMap<String, Synced>;
 /// How far the pull secrets of one alias have come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Synced {
+    /// What was looked for: [`Alias::serves`].
+    pub serves: String,
     /// How many namespaces the alias selects.
     pub selected: i32,
     /// How many of them hold a live token for its registry.
@@ -168,8 +170,9 @@ struct State {
     /// The places in [`Keeper::groups`] of the selectors that select it.
     groups: Vec<usize>,
     observed: Option<Observed>,
-    /// Whether a call is under way.
+    /// Whether a call is under way, and whether the watch has spoken since it began.
     busy: bool,
+    stirred: bool,
     failures: u32,
     not_before: Option<Instant>,
     problem: Option<String>,
@@ -289,7 +292,9 @@ impl Keeper {
         match change {
             Change::All(all) => {
                 // Those that are gone must be looked at, too.
-                self.namespaces.values_mut().for_each(|state| state.observed = None);
+                for state in self.namespaces.values_mut() {
+                    (state.observed, state.stirred) = (None, true);
+                }
                 self.all_dirty();
                 all.iter().for_each(|secret| self.apply_secret(secret, Some(Observed::of(secret))));
                 self.synced.insert("secrets");
@@ -313,7 +318,7 @@ impl Keeper {
         if state.observed != observed {
             state.not_before = None;
         }
-        state.observed = observed;
+        (state.observed, state.stirred) = (observed, true);
         self.dirty.insert(namespace);
     }
 
@@ -389,7 +394,7 @@ impl Keeper {
         let uid = state.uid.clone();
         let (api, name) = (Api::namespaced(self.client.clone(), namespace), self.settings.name.clone());
         if let Some(state) = self.namespaces.get_mut(namespace) {
-            state.busy = true;
+            (state.busy, state.stirred) = (true, false);
         }
         let namespace = namespace.to_owned();
         Some(Box::pin(async move {
@@ -420,7 +425,11 @@ impl Keeper {
             Ok(observed) => {
                 debug!(namespace, written = observed.is_some(), "pull secret");
                 let written = observed.is_some();
-                (state.observed, state.failures, state.not_before, state.problem) = (observed, 0, None, None);
+                // What the watch said meanwhile may be newer. If it is older, the next call is a conflict that says so.
+                if !state.stirred {
+                    state.observed = observed;
+                }
+                (state.failures, state.not_before, state.problem) = (0, None, None);
                 self.metrics.count(if written { WriteOutcome::Applied } else { WriteOutcome::Deleted });
             }
             Err(error) => {
@@ -433,7 +442,7 @@ impl Keeper {
                 match error {
                     // Our picture of it was old; with the new one, the next plan may well be to do nothing.
                     CallError::Changed(_, actual) => state.observed = *actual,
-                    CallError::Api(_) | CallError::TooLarge { .. } => {
+                    CallError::Api(_) | CallError::TooLarge { .. } | CallError::Altered => {
                         let first = state.problem.is_none();
                         state.problem = Some(problem.clone());
                         if first {
@@ -475,7 +484,7 @@ impl Keeper {
         let tokens = self.tokens.borrow().clone();
         let mut summary: Summary = BTreeMap::new();
         for (_, alias) in self.groups.iter().flat_map(|group| &group.aliases) {
-            summary.insert(alias.name.clone(), Synced::default());
+            summary.insert(alias.name.clone(), Synced { serves: alias.serves(), ..Synced::default() });
         }
         let (mut selected, mut synced) = (0, 0);
         for (name, state) in self.namespaces.iter().filter(|(_, s)| s.labels.is_some() && !s.terminating) {

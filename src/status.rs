@@ -55,8 +55,11 @@ pub async fn keep(client: Client, mut sources: Sources, recorder: Recorder) {
     let mut written: BTreeMap<String, (Option<String>, RegistryAliasStatus)> = BTreeMap::new();
     // A new leader knows nothing yet; what its predecessor wrote is better than that. But if the namespaces cannot be
     // listed at all, that must show.
-    let listed = sources.summary.changed();
-    if let Ok(Err(_)) = tokio::time::timeout(PATIENCE, listed).await {
+    let known = async {
+        sources.registered.changed().await?;
+        sources.summary.changed().await
+    };
+    if let Ok(Err(_)) = tokio::time::timeout(PATIENCE, known).await {
         return;
     }
     loop {
@@ -124,6 +127,7 @@ pub async fn keep(client: Client, mut sources: Sources, recorder: Recorder) {
 }
 
 /// What is known of one alias.
+#[derive(Clone, Copy)]
 struct Facts<'a> {
     verdict: Result<&'a Alias, &'a Refusal>,
     answer: Option<&'a Answer>,
@@ -169,6 +173,15 @@ fn judge(
     let before =
         old.filter(|o| o.observed_generation == object.metadata.generation && o.registry == registry);
     let promised = before.and_then(|o| o.token_expires_at.clone()).filter(|expiry| expiry.0 > now);
+    // What was found out about another registry, identity or selector says nothing about this one.
+    let moved = facts.verdict.is_ok_and(|alias| alias.registry().map(ToString::to_string) != registry);
+    let facts = &Facts {
+        token: facts.token.filter(|_| !moved),
+        synced: facts
+            .synced
+            .filter(|s| !moved && facts.verdict.is_ok_and(|alias| alias.serves() == s.serves)),
+        ..*facts
+    };
     let token = token_ready(facts, promised.as_ref(), now);
     let synced = secrets_synced(facts, before);
     let ready = ready(facts, &[&resolved, &token, &synced]);
@@ -287,7 +300,7 @@ fn secrets_synced(facts: &Facts<'_>, before: Option<&RegistryAliasStatus>) -> Fi
     match synced.problems.first() {
         Some((namespace, problem)) => finding("False", "NamespacesFailed", format!("{namespace}: {problem}")),
         // The count stands in status.namespaces: here it would make a transition of every new namespace.
-        None if synced.synced == synced.selected || is("SecretsSynced") || is("Ready") => {
+        None if synced.synced == synced.selected || is("Ready") => {
             finding("True", "Synced", "every selected namespace holds the pull secret")
         }
         None => finding("False", "Syncing", "not every selected namespace holds the pull secret yet"),

@@ -31,7 +31,7 @@ const REFRESH_AT: f64 = 0.5;
 const JITTER: f64 = 0.1;
 /// A Secret is due when its token has less than this share of a life left. Every refresh makes the Secrets due.
 pub const DUE_AT: f64 = REFRESH_AT + JITTER;
-/// The longest pause between two attempts while there is no token.
+/// The longest pause between two attempts while a good token is left; without one it is a fifth of this.
 const MAX_BACKOFF: Duration = Duration::from_secs(300);
 /// The shortest pause between two calls for one principal, whatever AWS says of expiry.
 const MIN_PAUSE: Duration = Duration::from_secs(1);
@@ -157,7 +157,7 @@ fn back_off(failures: u32, left: Option<SignedDuration>, random: f64) -> Duratio
         None => MAX_BACKOFF / 5,
     };
     // Half fixed, half at random: no two replicas or clusters in step, and never at once.
-    exponential.min(ceiling).mul_f64(0.75 + 0.5 * random).max(MIN_PAUSE / 2)
+    exponential.min(ceiling).mul_f64(0.75 + 0.5 * random).max(MIN_PAUSE)
 }
 
 /// Metrics of tokens.
@@ -264,7 +264,7 @@ mod tests {
             failures in 0u32..u32::MAX, left in proptest::option::of(-10_000i64..1_000_000), random in 0.0..1.0,
         ) {
             let pause = back_off(failures, left.map(SignedDuration::from_secs), random);
-            prop_assert!(pause >= MIN_PAUSE / 2);
+            prop_assert!(pause >= MIN_PAUSE);
             prop_assert!(pause <= MAX_BACKOFF.mul_f64(1.25));
             prop_assert!(refresh_after(SignedDuration::from_secs(left.unwrap_or(-1)), random) >= MIN_PAUSE);
         }

@@ -1,6 +1,6 @@
 //! The webhook: HTTPS in front of the decision. Body → [`review::parse`] → [`mutate`] → answer.
 //!
-//! Nothing on this path asks the network, waits for another request or knows of AWS.
+//! Nothing on this path asks the network or knows of AWS.
 
 use std::{
     io,
@@ -73,10 +73,11 @@ pub struct Webhook {
     settings: Settings,
     limits: Limits,
     permits: Semaphore,
+    waiting: Semaphore,
     metrics: Metrics,
 }
 
-/// How long a pod waits that came ahead of the alias that it names; less than the API server waits for an answer.
+/// How long a pod waits at the most that came ahead of the alias that it names.
 const CATCH_UP: Duration = Duration::from_secs(1);
 
 /// What a pod is told that came ahead of the alias that it names.
@@ -101,6 +102,7 @@ impl Webhook {
             updates,
             settings,
             permits: Semaphore::new(limits.concurrency),
+            waiting: Semaphore::new((limits.concurrency / 4).max(1)),
             limits,
             metrics: Metrics::new(registry),
         })
@@ -131,10 +133,12 @@ impl Webhook {
 
     /// Waits, for a moment, until this replica knows the alias that a new pod names: the API server learns of an alias by a
     /// watch of its own, which may be the faster one.
-    async fn catch_up(&self, group: &str, digest: &str, body: &[u8]) {
+    async fn catch_up(&self, group: &str, digest: &str, body: &[u8], patience: Duration) {
         if !self.is_behind(group, digest, body) {
             return;
         }
+        // Those that wait must leave room for those that need not.
+        let Ok(_waiting) = self.waiting.try_acquire() else { return };
         let mut updates = self.updates.clone();
         let catching_up = async {
             loop {
@@ -145,7 +149,7 @@ impl Webhook {
             }
         };
         // Without success, the answer says so.
-        let _ = tokio::time::timeout(CATCH_UP, catching_up).await;
+        let _ = tokio::time::timeout(patience, catching_up).await;
     }
 
     /// Whether the API server knows an alias that this replica does not, and this very pod names it.
@@ -249,6 +253,7 @@ async fn admit(
     headers: HeaderMap,
     body: Body,
 ) -> Response {
+    let started = Instant::now();
     // The permit bounds what bodies take of memory, so it is held until the answer is made.
     let body = tokio::time::timeout(webhook.limits.time, async {
         if !is_json(headers.get(CONTENT_TYPE)) {
@@ -272,7 +277,8 @@ async fn admit(
     };
     let answer = match body.unwrap_or_else(slow) {
         Ok((body, _permit)) => {
-            webhook.catch_up(&group, &digest, &body).await;
+            let patience = CATCH_UP.min(webhook.limits.time.saturating_sub(started.elapsed()));
+            webhook.catch_up(&group, &digest, &body, patience).await;
             webhook.answer(&group, &digest, &body)
         }
         Err(rejected) => {
@@ -375,7 +381,7 @@ impl Metrics {
         registry.register("admissions", "Admission requests answered, by what came of them", admissions);
         registry.register(
             "admission_duration_seconds",
-            "Time to decide on a request, from its whole body to the whole answer",
+            "Time to decide on a request and to write the answer",
             metrics.latency.clone(),
         );
         metrics

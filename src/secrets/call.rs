@@ -49,6 +49,9 @@ pub(super) enum CallError {
         /// How many bytes.
         bytes: usize,
     },
+    /// What the API server stored is not what it was given.
+    #[error("it is stored otherwise than it was written: does a mutating admission policy change Secrets?")]
+    Altered,
     /// It is there already, or has changed since it was observed.
     #[error("it has changed meanwhile: {0}")]
     Changed(String, Box<Option<Observed>>),
@@ -121,7 +124,14 @@ async fn write(
             bounded(api.create(&params, &secret)).await?
         }
     };
-    Ok(Observed::of(&PartialObjectMeta { metadata: written.metadata, ..PartialObjectMeta::default() }))
+    let stored =
+        Observed::of(&PartialObjectMeta { metadata: written.metadata, ..PartialObjectMeta::default() });
+    // Otherwise it would look like drift, and be written again at once, for ever.
+    if stored.ours && stored.intact && stored.contents == contents {
+        Ok(stored)
+    } else {
+        Err(CallError::Altered)
+    }
 }
 
 fn render(name: &str, old: Option<&Observed>, contents: &Contents, config: &str) -> Secret {
