@@ -254,19 +254,17 @@ fn token_ready(facts: &Facts<'_>, promised: Option<&Time>, now: Timestamp) -> Fi
     }
     let unknown = TokenState::default();
     let state = facts.token.unwrap_or(&unknown);
-    match (state.usable(now), &state.error) {
-        (Some(token), None) => finding("True", "TokenValid", format!("valid until {:.0}", token.expires_at)),
-        (Some(token), Some(error)) => finding(
+    // A new leader has no token yet; the pull secrets hold what its predecessor got, until that expires.
+    let valid_until = state.usable(now).map(|token| token.expires_at).or(promised.map(|expiry| expiry.0));
+    match (valid_until, &state.error) {
+        (Some(expiry), None) => finding("True", "TokenValid", format!("valid until {expiry:.0}")),
+        (Some(expiry), Some(error)) => finding(
             "True",
             "RefreshFailing",
-            format!("the last token is valid until {:.0}, but {error}", token.expires_at),
+            format!("the last token is valid until {expiry:.0}, but {error}"),
         ),
         (None, Some(error)) => finding("False", reason_of(error), error.to_string()),
-        // A new leader is asking; the pull secrets hold what its predecessor got.
-        (None, None) => match promised {
-            Some(expiry) => finding("True", "TokenValid", format!("valid until {:.0}", expiry.0)),
-            None => finding("Unknown", "Requesting", "asking AWS for a token"),
-        },
+        (None, None) => finding("Unknown", "Requesting", "asking AWS for a token"),
     }
 }
 

@@ -10,7 +10,10 @@ use kube::{
     api::{Patch, PatchParams},
 };
 use serde_json::json;
-use testbed::operator::{NAMESPACE, Start};
+use testbed::{
+    aws::{Fault, Operation, Scope},
+    operator::{NAMESPACE, Start},
+};
 
 use crate::cluster::{Cluster, LIMIT, REGISTRY, await_object, images, shared, unique};
 
@@ -115,10 +118,16 @@ async fn webhook_and_controller_apart_and_a_second_controller_takes_over() {
     // Handed over: the second leads as soon as the first is told to stop.
     let second = cluster.operator(cluster.quick(Start::controller(address)).named("second")).await;
     assert_eq!(second.metric("ecr_cname_leader").await.unwrap().to_bits(), 0);
+    // The new leader's first question to AWS gets no answer, so it has to go by what its predecessor wrote.
+    let minted = Scope::of(Operation::GetAuthorizationToken);
+    let asked = cluster.aws.count(&minted);
+    cluster.aws.inject(Fault::Hang, minted.clone());
     first.process().terminate().unwrap();
     let status = first.process().wait(LIMIT).expect("the first controller ends");
     assert!(status.success(), "{status}\n{}", first.process().log_tail(20));
     leader(&cluster, "second").await;
+    cluster.aws.wait_for(|state| state.count(&minted) > asked, LIMIT).await.unwrap();
+    cluster.aws.heal();
     // It serves: a new namespace has its Secret, with a token of its own; the good one is not written again.
     let new = cluster.namespace(&[]).await;
     assert_ne!(cluster.token(&new, REGISTRY).await, token);
