@@ -55,7 +55,8 @@ pub enum Command {
     Resolve(ResolveArgs),
     /// Print the CustomResourceDefinition
     Crd,
-    /// Delete every pull secret and webhook entry that is ours: for uninstalling, after the controller was stopped
+    /// Delete all that is ours: webhook entries, pull secrets, certificate, Lease. For uninstalling, after the controller
+    /// was stopped
     Cleanup {
         #[command(flatten)]
         #[allow(missing_docs)]
@@ -66,9 +67,9 @@ pub enum Command {
 /// What every process of the operator is told.
 #[derive(Clone, Debug, Args)]
 pub struct Process {
-    /// The namespace that the operator runs in
-    #[arg(long, env = "POD_NAMESPACE", default_value = "ecr-cname")]
-    pub namespace: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub names: Names,
 
     /// The name of this replica; default: the host name
     #[arg(long, env = "POD_NAME", default_value_t = host_name(), hide_default_value = true)]
@@ -77,14 +78,6 @@ pub struct Process {
     /// Where probes and metrics are served: /livez, /readyz, /metrics
     #[arg(long, env = "ECR_CNAME_ADMIN_LISTEN", default_value = "0.0.0.0:9090", value_name = "ADDRESS")]
     pub admin_listen: SocketAddr,
-
-    /// The Secret with the serving certificate (tls.crt, tls.key, ca.crt), in the operator's namespace
-    #[arg(long, env = "ECR_CNAME_CERTIFICATE_SECRET", default_value = "ecr-cname-tls", value_name = "NAME", value_parser = object_name)]
-    pub certificate_secret: String,
-
-    /// The name of the pull secret, in every namespace
-    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
-    pub pull_secret: String,
 
     /// What becomes of a pod that names an alias while it cannot be rewritten; the same for webhook and controller
     #[arg(long, env = "ECR_CNAME_FAILURE_POLICY", default_value = "Fail", value_name = "POLICY")]
@@ -101,6 +94,22 @@ pub struct Process {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub log: LogArgs,
+}
+
+/// What the operator's objects are called, wherever it needs to know.
+#[derive(Clone, Debug, Args)]
+pub struct Names {
+    /// The namespace that the operator runs in
+    #[arg(long, env = "POD_NAMESPACE", default_value = "ecr-cname")]
+    pub namespace: String,
+
+    /// The Secret with the serving certificate (tls.crt, tls.key, ca.crt), in the operator's namespace
+    #[arg(long, env = "ECR_CNAME_CERTIFICATE_SECRET", default_value = "ecr-cname-tls", value_name = "NAME", value_parser = object_name)]
+    pub certificate_secret: String,
+
+    /// The name of the pull secret, in every namespace
+    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
+    pub pull_secret: String,
 }
 
 /// How logs are written.
@@ -144,9 +153,9 @@ pub struct WebhookArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Controller")]
 pub struct ControllerArgs {
-    /// The MutatingWebhookConfiguration whose entries are kept; it must exist
-    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
-    pub webhook_configuration: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kept: Kept,
 
     /// The Service through which the API server reaches the webhook, in the operator's namespace
     #[arg(long, env = "ECR_CNAME_WEBHOOK_SERVICE", default_value = "ecr-cname-webhook", value_name = "NAME", value_parser = object_name)]
@@ -182,10 +191,6 @@ pub struct ControllerArgs {
     #[arg(long, env = "ECR_CNAME_CERTIFICATE_OVERLAP", default_value = "60s", value_name = "TIME", value_parser = duration)]
     pub certificate_overlap: Duration,
 
-    /// The Lease that the leader holds, in the operator's namespace
-    #[arg(long, env = "ECR_CNAME_LEASE", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
-    pub lease: String,
-
     /// For how long the Lease holds without renewal
     #[arg(long, env = "ECR_CNAME_LEASE_DURATION", default_value = "15s", value_name = "TIME", value_parser = interval)]
     pub lease_duration: Duration,
@@ -201,6 +206,23 @@ pub struct ControllerArgs {
     /// The longest time between two look-ups of a CNAME, whatever its TTL
     #[arg(long, env = "ECR_CNAME_DNS_MAX_TTL", default_value = "1h", value_name = "TIME", value_parser = interval)]
     pub dns_max_ttl: Duration,
+}
+
+/// What the controller keeps, and `cleanup` takes away.
+#[derive(Clone, Debug, Args)]
+pub struct Kept {
+    /// The MutatingWebhookConfiguration whose entries are kept; it must exist
+    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
+    pub webhook_configuration: String,
+
+    /// The Lease that the leader holds, in the operator's namespace
+    #[arg(long, env = "ECR_CNAME_LEASE", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
+    pub lease: String,
+
+    /// The only namespaces that get pull secrets and have pods rewritten, so that no right to list the cluster's Secrets
+    /// is needed; default: all namespaces
+    #[arg(long, env = "ECR_CNAME_WATCH_NAMESPACES", value_delimiter = ',', value_name = "NAMES", value_parser = object_name)]
+    pub watch_namespaces: Vec<String>,
 }
 
 /// Who keeps the Secret of the serving certificate.
@@ -253,13 +275,13 @@ pub struct ResolveArgs {
 /// What `cleanup` is told.
 #[derive(Clone, Debug, Args)]
 pub struct CleanupArgs {
-    /// The name of the pull secret, in every namespace
-    #[arg(long, env = "ECR_CNAME_PULL_SECRET", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
-    pub pull_secret: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub names: Names,
 
-    /// The MutatingWebhookConfiguration whose entries are removed
-    #[arg(long, env = "ECR_CNAME_WEBHOOK_CONFIGURATION", default_value = "ecr-cname", value_name = "NAME", value_parser = object_name)]
-    pub webhook_configuration: String,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub kept: Kept,
 
     #[command(flatten)]
     #[allow(missing_docs)]

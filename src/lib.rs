@@ -11,13 +11,13 @@
 //! [`table`] → [`mutate`] → back through [`review`].
 //!
 //! **An alias**, from an object to the pods that it concerns: [`watch`] (edge) → [`crd`] → [`alias`] → [`table`], and on
-//! the leader [`dns`] (edge) → [`matching`] → [`registration`] (edge), with a certificate from [`issuer`] and
+//! the leader [`dns`] (edge) → [`matching`] with [`scope`] → [`registration`] (edge), with a certificate from [`issuer`] and
 //! [`serving_cert`] (edges); what came of it all is said by [`status`] (edge).
 //!
 //! **A token**, from an identity to every namespace, on the leader ([`lease`], edge): [`registry`] → [`ecr`] →
 //! [`tokens`] (edges) → [`pull_secret`] and [`dockerconfig`] (core) → [`secrets`] (edge).
 //!
-//! The commands that need no cluster are in [`offline`], over [`manifest`], and decide with the same core.
+//! [`cleanup`] (edge) takes away what is ours. The commands that need no cluster are in [`offline`], over [`manifest`], and decide with the same core.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -33,9 +33,11 @@ pub mod mutate;
 pub mod pull_secret;
 pub mod registry;
 pub mod review;
+pub mod scope;
 pub mod table;
 
 pub mod admin;
+pub mod cleanup;
 pub mod dns;
 pub mod ecr;
 pub mod issuer;

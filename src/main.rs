@@ -5,7 +5,7 @@ use std::{process::ExitCode, time::Duration};
 use clap::Parser as _;
 use ecr_cname::{
     args::{Cli, Command, LogArgs},
-    offline, run, telemetry,
+    cleanup, offline, run, telemetry,
 };
 
 fn main() -> ExitCode {
@@ -31,8 +31,8 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Run { process, webhook, controller } => {
             serve(&process.log.clone(), run::run(process, Some(webhook), Some(controller)))
         }
-        Command::Cleanup { cleanup } => {
-            serve(&cleanup.log.clone(), async move { run::cleanup(&cleanup).await })
+        Command::Cleanup { cleanup: args } => {
+            serve(&args.log.clone(), async move { cleanup::cleanup(&args).await })
         }
         Command::Rewrite(args) => Ok(offline::rewrite(&args)),
         Command::Resolve(args) => Ok(offline::resolve(&args)),

@@ -10,18 +10,14 @@ use k8s_openapi::{
     api::admissionregistration::v1::{
         MatchCondition, MutatingWebhook, RuleWithOperations, ServiceReference, WebhookClientConfig,
     },
-    apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement},
+    apimachinery::pkg::apis::meta::v1::LabelSelector,
 };
 
 use crate::{
     alias::{self, Alias, Group},
     crd::PullSecret,
+    scope::{Scope, not_opted_out},
 };
-
-/// The label that a pod or a namespace opts out with.
-pub const OPT_OUT: &str = "ecr-cname.dev/rewrite";
-/// The value that it opts out with.
-pub const OPT_OUT_VALUE: &str = "disabled";
 
 /// How many aliases one entry stands for at the most: its CEL expression names a host or two of each.
 const ALIASES_PER_ENTRY: usize = 100;
@@ -41,8 +37,8 @@ pub struct EntrySettings {
     pub failure_policy: FailurePolicy,
     /// How long the API server waits for an answer, in seconds (1 to 30).
     pub timeout_seconds: u8,
-    /// Namespaces that are left out by name.
-    pub excluded_namespaces: Vec<String>,
+    /// The namespaces whose pods are sent.
+    pub scope: Scope,
 }
 
 /// Where the API server finds the webhook.
@@ -127,21 +123,9 @@ fn canonical(alias: &Alias) -> Option<&str> {
     registry.map(|registry| registry.as_str())
 }
 
-/// The namespaces of a group: those that its aliases select, less the excluded ones and those that opted out.
-#[must_use]
-pub fn namespace_selector(selector: Option<&LabelSelector>, excluded: &[String]) -> LabelSelector {
-    let mut selector = selector.cloned().unwrap_or_default();
-    let expressions = selector.match_expressions.get_or_insert_default();
-    if !excluded.is_empty() {
-        expressions.push(not_in("kubernetes.io/metadata.name", excluded.to_vec()));
-    }
-    expressions.push(not_in(OPT_OUT, vec![OPT_OUT_VALUE.to_owned()]));
-    selector
-}
-
 fn entry(part: &Part<'_>, ca_bundle: &ByteString, settings: &EntrySettings) -> MutatingWebhook {
     let path = format!("/mutate/{}/{}", part.group, part.digest);
-    let selector = part.aliases.first().map(|alias| &alias.namespace_selector);
+    let selector = part.aliases.first().map(|alias| settings.scope.narrow(&alias.namespace_selector));
     let (service, url) = match &settings.endpoint {
         Endpoint::Service { namespace, name } => (
             Some(ServiceReference {
@@ -179,9 +163,9 @@ fn entry(part: &Part<'_>, ca_bundle: &ByteString, settings: &EntrySettings) -> M
             ),
         ]),
         match_policy: Some("Equivalent".to_owned()),
-        namespace_selector: Some(namespace_selector(selector, &settings.excluded_namespaces)),
+        namespace_selector: selector,
         object_selector: Some(LabelSelector {
-            match_expressions: Some(vec![not_in(OPT_OUT, vec![OPT_OUT_VALUE.to_owned()])]),
+            match_expressions: Some(vec![not_opted_out()]),
             match_labels: None,
         }),
         reinvocation_policy: Some("IfNeeded".to_owned()),
@@ -215,10 +199,6 @@ fn condition(name: &str, expression: &str) -> MatchCondition {
     MatchCondition { name: name.to_owned(), expression: expression.to_owned() }
 }
 
-fn not_in(key: &str, values: Vec<String>) -> LabelSelectorRequirement {
-    LabelSelectorRequirement { key: key.to_owned(), operator: "NotIn".to_owned(), values: Some(values) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,7 +230,7 @@ mod tests {
             },
             failure_policy: FailurePolicy::Fail,
             timeout_seconds: 3,
-            excluded_namespaces: vec!["kube-system".to_owned()],
+            scope: Scope { watched: vec![], excluded: vec!["kube-system".to_owned()] },
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::{future::pending, net::TcpListener, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use arc_swap::ArcSwap;
 use jiff::SignedDuration;
 use k8s_openapi::api::{admissionregistration::v1::MutatingWebhookConfiguration, core::v1::Secret};
@@ -21,12 +21,14 @@ use tracing::{info, warn};
 
 use crate::{
     admin::{self, Readiness},
-    args::{CertificateMode, CleanupArgs, ControllerArgs, Process, WebhookArgs},
+    args::{CertificateMode, ControllerArgs, Process, WebhookArgs},
     dns::{self, Dns},
     ecr::Ecr,
     issuer, lease,
     matching::{Endpoint, EntrySettings},
-    metrics, registration, secrets,
+    metrics, registration,
+    scope::Scope,
+    secrets,
     serving_cert::ServingCert,
     status,
     table::AliasTable,
@@ -82,15 +84,14 @@ pub async fn run(
         version = env!("CARGO_PKG_VERSION"),
         webhook = webhook.is_some(),
         controller = controller.is_some(),
-        namespace = process.namespace,
+        namespace = process.names.namespace,
         "starting"
     );
     // First of all: as the first process of a container, one that has no handler is not stopped by SIGTERM.
     let signals = Signals::new().context("signals cannot be handled")?;
     let client = client().await?;
-    let readiness = Readiness::default();
-    let mut registry = metrics::registry();
     let mut tasks = Tasks { set: JoinSet::new(), shutdown: CancellationToken::new() };
+    let readiness = Readiness::default();
 
     let table = Arc::new(ArcSwap::from_pointee(AliasTable::default()));
     let (aliases_send, aliases) = watch::channel(Arc::new(Aliases::default()));
@@ -101,114 +102,116 @@ pub async fn run(
     );
 
     let (certificate_send, certificate) = watch::channel(None::<Arc<Secret>>);
-    let api: Api<Secret> = Api::namespaced(client.clone(), &process.namespace);
-    let (name, gate) = (process.certificate_secret.clone(), readiness.gate("the certificate's Secret"));
+    let api: Api<Secret> = Api::namespaced(client.clone(), &process.names.namespace);
+    let (name, gate) = (process.names.certificate_secret.clone(), readiness.gate("the certificate's Secret"));
     tasks.spawn_until_shutdown("certificate watch", async move {
         follow_one(api, &name, certificate_send, gate).await;
     });
 
+    let mut parts = Parts {
+        process,
+        client,
+        table,
+        aliases,
+        certificate,
+        readiness,
+        registry: metrics::registry(),
+        tasks,
+    };
     if let Some(args) = webhook {
-        start_webhook(
-            &process,
-            args,
-            table,
-            aliases.clone(),
-            certificate.clone(),
-            &readiness,
-            &mut registry,
-            &mut tasks,
-        )?;
+        parts.start_webhook(args)?;
     }
     if let Some(args) = controller {
-        start_controller(&process, args, client, aliases, certificate, &readiness, &mut registry, &mut tasks)
-            .await?;
+        parts.start_controller(args).await?;
     }
+    let Parts { process, readiness, registry, mut tasks, .. } = parts;
     let listener = listen(process.admin_listen, "the admin port (--admin-listen)")?;
     let admin = admin::serve(listener, readiness.clone(), Arc::new(registry), tasks.shutdown.clone());
     tasks.try_spawn("admin server", async { admin.await.context("the admin server failed") });
     supervise(tasks, signals, &readiness, &process).await
 }
 
-#[allow(clippy::too_many_arguments)]
-fn start_webhook(
-    process: &Process,
-    args: WebhookArgs,
+/// What both roles are made of.
+struct Parts {
+    process: Process,
+    client: Client,
     table: Arc<ArcSwap<AliasTable>>,
     aliases: watch::Receiver<Arc<Aliases>>,
     certificate: watch::Receiver<Option<Arc<Secret>>>,
-    readiness: &Readiness,
-    registry: &mut Registry,
-    tasks: &mut Tasks,
-) -> anyhow::Result<()> {
-    let serving = ServingCert::new(registry);
-    let gate = readiness.gate("a serving certificate");
-    tasks.spawn_until_shutdown("serving certificate", serving.clone().follow(certificate, gate));
-    let settings = webhook::Settings {
-        pull_secret: process.pull_secret.clone(),
-        audit: args.audit,
-        failure_policy: process.failure_policy,
-    };
-    let limits =
-        Limits { body: args.max_body, concurrency: args.max_concurrency, time: args.request_timeout };
-    let webhook = Webhook::new(table, aliases, settings, limits, registry);
-    let listener = listen(args.listen, "the webhook (--listen)")?;
-    let tls = serving.server_config().context("TLS cannot be set up")?;
-    let serve = webhook::serve(listener, tls, webhook, tasks.shutdown.clone(), process.drain);
-    tasks.try_spawn("webhook server", async { serve.await.context("the webhook server failed") });
-    Ok(())
+    readiness: Readiness,
+    registry: Registry,
+    tasks: Tasks,
 }
 
-#[allow(clippy::too_many_arguments)]
-async fn start_controller(
-    process: &Process,
-    args: ControllerArgs,
-    client: Client,
-    aliases: watch::Receiver<Arc<Aliases>>,
-    certificate: watch::Receiver<Option<Arc<Secret>>>,
-    readiness: &Readiness,
-    registry: &mut Registry,
-    tasks: &mut Tasks,
-) -> anyhow::Result<()> {
-    let (configuration_send, configuration) = watch::channel(None::<Arc<MutatingWebhookConfiguration>>);
-    let api: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
-    let (name, gate) =
-        (args.webhook_configuration.clone(), readiness.gate("the MutatingWebhookConfiguration"));
-    tasks.spawn_until_shutdown("webhook configuration watch", async move {
-        follow_one(api, &name, configuration_send, gate).await;
-    });
+impl Parts {
+    fn start_webhook(&mut self, args: WebhookArgs) -> anyhow::Result<()> {
+        let serving = ServingCert::new(&mut self.registry);
+        let gate = self.readiness.gate("a serving certificate");
+        let follow = serving.clone().follow(self.certificate.clone(), gate);
+        self.tasks.spawn_until_shutdown("serving certificate", follow);
+        let settings = webhook::Settings {
+            pull_secret: self.process.names.pull_secret.clone(),
+            audit: args.audit,
+            failure_policy: self.process.failure_policy,
+        };
+        let limits =
+            Limits { body: args.max_body, concurrency: args.max_concurrency, time: args.request_timeout };
+        let (table, aliases) = (self.table.clone(), self.aliases.clone());
+        let webhook = Webhook::new(table, aliases, settings, limits, &mut self.registry);
+        let listener = listen(args.listen, "the webhook (--listen)")?;
+        let tls = serving.server_config().context("TLS cannot be set up")?;
+        let serve = webhook::serve(listener, tls, webhook, self.tasks.shutdown.clone(), self.process.drain);
+        self.tasks.try_spawn("webhook server", async { serve.await.context("the webhook server failed") });
+        Ok(())
+    }
 
-    let leader = Leader {
-        client,
-        ecr: Arc::new(Ecr::from_env().await.context("AWS cannot be set up")?),
-        dns: Dns::new(args.dns_server).context("DNS cannot be set up")?,
-        process: process.clone(),
-        args,
-        aliases,
-        certificate,
-        configuration,
-        token_metrics: TokenMetrics::new(registry),
-        secret_metrics: secrets::SecretMetrics::new(registry),
-    };
-    let synced = leader.synced();
-    let (leading_send, leading) = watch::channel(false);
-    let settings = lease::Settings {
-        name: leader.args.lease.clone(),
-        holder: format!("{}_{:08x}", process.pod_name, fastrand::u32(..)),
-        duration: leader.args.lease_duration,
-    };
-    let election =
-        lease::Election::new(leader.client.clone(), &process.namespace, settings, leading_send, registry);
-    let shutdown = tasks.shutdown.clone();
-    tasks.spawn("leader election", async move {
-        // Whoever leads before it knows what is there would take what it has not read yet for gone.
-        tokio::select! {
-            () = shutdown.cancelled() => return,
-            () = synced => {}
-        }
-        election.run(shutdown).await;
-    });
-    tasks.spawn_until_shutdown("leader", leader.lead_while(leading));
-    Ok(())
+    async fn start_controller(&mut self, args: ControllerArgs) -> anyhow::Result<()> {
+        let (configuration_send, configuration) = watch::channel(None::<Arc<MutatingWebhookConfiguration>>);
+        let api: Api<MutatingWebhookConfiguration> = Api::all(self.client.clone());
+        let name = args.kept.webhook_configuration.clone();
+        let gate = self.readiness.gate("the MutatingWebhookConfiguration");
+        self.tasks.spawn_until_shutdown("webhook configuration watch", async move {
+            follow_one(api, &name, configuration_send, gate).await;
+        });
+
+        let leader = Leader {
+            client: self.client.clone(),
+            ecr: Arc::new(Ecr::from_env().await.context("AWS cannot be set up")?),
+            dns: Dns::new(args.dns_server).context("DNS cannot be set up")?,
+            process: self.process.clone(),
+            args,
+            aliases: self.aliases.clone(),
+            certificate: self.certificate.clone(),
+            configuration,
+            token_metrics: TokenMetrics::new(&mut self.registry),
+            secret_metrics: secrets::SecretMetrics::new(&mut self.registry),
+        };
+        let synced = leader.synced();
+        let (leading_send, leading) = watch::channel(false);
+        let settings = lease::Settings {
+            name: leader.args.kept.lease.clone(),
+            holder: format!("{}_{:08x}", self.process.pod_name, fastrand::u32(..)),
+            duration: leader.args.lease_duration,
+        };
+        let election = lease::Election::new(
+            self.client.clone(),
+            &self.process.names.namespace,
+            settings,
+            leading_send,
+            &mut self.registry,
+        );
+        let shutdown = self.tasks.shutdown.clone();
+        self.tasks.spawn("leader election", async move {
+            // Whoever leads before it knows what is there would take what it has not read yet for gone.
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = synced => {}
+            }
+            election.run(shutdown).await;
+        });
+        self.tasks.spawn_until_shutdown("leader", leader.lead_while(leading));
+        Ok(())
+    }
 }
 
 /// What the leader needs to act.
@@ -270,12 +273,7 @@ impl Leader {
         let reporter =
             Reporter { controller: "ecr-cname".into(), instance: Some(self.process.pod_name.clone()) };
         let recorder = Recorder::new(self.client.clone(), reporter);
-        let mut excluded_namespaces = self.args.exclude_namespaces.clone();
-        if !excluded_namespaces.contains(&self.process.namespace) {
-            excluded_namespaces.push(self.process.namespace.clone());
-        }
-        excluded_namespaces.retain(|name| !name.is_empty());
-
+        let scope = self.scope();
         let bounds =
             dns::Bounds { min: self.args.dns_min_ttl, max: self.args.dns_max_ttl.max(self.args.dns_min_ttl) };
         let dns = dns::keep(self.dns.clone(), bounds, self.aliases.clone(), answers_send);
@@ -283,10 +281,7 @@ impl Leader {
             tokens::keep(self.ecr.clone(), self.aliases.clone(), tokens_send, self.token_metrics.clone());
         let secrets = secrets::keep(
             self.client.clone(),
-            secrets::Settings {
-                name: self.process.pull_secret.clone(),
-                excluded_namespaces: excluded_namespaces.clone(),
-            },
+            secrets::Settings { name: self.process.names.pull_secret.clone(), scope: scope.clone() },
             self.aliases.clone(),
             tokens.clone(),
             summary_send,
@@ -295,12 +290,12 @@ impl Leader {
         );
         let registration = registration::keep(
             self.client.clone(),
-            self.args.webhook_configuration.clone(),
+            self.args.kept.webhook_configuration.clone(),
             EntrySettings {
                 endpoint: self.endpoint(),
                 failure_policy: self.process.failure_policy,
                 timeout_seconds: self.args.webhook_timeout,
-                excluded_namespaces,
+                scope,
             },
             self.aliases.clone(),
             self.certificate.clone(),
@@ -319,11 +314,19 @@ impl Leader {
         }
     }
 
+    fn scope(&self) -> Scope {
+        let own = &self.process.names.namespace;
+        let mut excluded = self.args.exclude_namespaces.clone();
+        excluded.retain(|name| !name.is_empty() && name != own);
+        excluded.push(own.clone());
+        Scope { watched: self.args.kept.watch_namespaces.clone(), excluded }
+    }
+
     fn endpoint(&self) -> Endpoint {
         match &self.args.webhook_url {
             Some(url) => Endpoint::Url(url.base.clone()),
             None => Endpoint::Service {
-                namespace: self.process.namespace.clone(),
+                namespace: self.process.names.namespace.clone(),
                 name: self.args.webhook_service.clone(),
             },
         }
@@ -333,9 +336,9 @@ impl Leader {
         if self.args.certificate == CertificateMode::External {
             return pending().await;
         }
-        let service = format!("{}.{}.svc", self.args.webhook_service, self.process.namespace);
+        let service = format!("{}.{}.svc", self.args.webhook_service, self.process.names.namespace);
         let settings = issuer::Settings {
-            secret: self.process.certificate_secret.clone(),
+            secret: self.process.names.certificate_secret.clone(),
             names: match &self.args.webhook_url {
                 Some(url) => vec![url.host.clone()],
                 None => vec![service],
@@ -344,7 +347,7 @@ impl Leader {
                 .unwrap_or(SignedDuration::from_hours(2160)),
             overlap: self.args.certificate_overlap,
         };
-        let namespace = self.process.namespace.clone();
+        let namespace = self.process.names.namespace.clone();
         issuer::keep(
             self.client.clone(),
             namespace,
@@ -415,26 +418,8 @@ fn obituary(
     }
 }
 
-/// Deletes every pull secret and webhook entry that is ours.
-///
-/// # Errors
-/// The API server cannot be reached, or refuses.
-pub async fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
-    let client = client().await?;
-    let removed = registration::remove_all(&client, &args.webhook_configuration)
-        .await
-        .with_context(|| format!("the entries of {:?} cannot be removed", args.webhook_configuration))?;
-    let (deleted, failed) = secrets::delete_all(&client, &args.pull_secret)
-        .await
-        .with_context(|| format!("the pull secrets {:?} cannot be listed", args.pull_secret))?;
-    info!(webhook_entries = removed, pull_secrets = deleted - failed, "cleaned up");
-    if failed > 0 {
-        bail!("{failed} of {deleted} pull secrets could not be deleted; the log says why");
-    }
-    Ok(())
-}
-
-async fn client() -> anyhow::Result<Client> {
+/// A client of the API server, as every part of the program uses it.
+pub(crate) async fn client() -> anyhow::Result<Client> {
     let mut config = Config::infer()
         .await
         .context("no way to the API server: run in a cluster, or set KUBECONFIG to a kubeconfig file")?;

@@ -5,6 +5,8 @@
 
 mod call;
 mod metrics;
+mod selection;
+mod watches;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -17,11 +19,9 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Namespace, ObjectReference, Secret};
 use kube::{
     Api, Client,
-    core::{PartialObjectMeta, Selector, SelectorExt as _},
-    runtime::{
-        events::{Event, EventType, Recorder},
-        watcher,
-    },
+    api::ListParams,
+    core::PartialObjectMeta,
+    runtime::events::{Event, EventType, Recorder},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -30,17 +30,17 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
-    alias::{Alias, Identity},
     crd::PullSecret,
-    ecr::Token,
-    matching,
     pull_secret::{MANAGED_BY, Observed, Plan, Wanted, plan},
+    scope::Scope,
     tokens::Tokens,
-    watch::{Aliases, Change, bounded, chain, follow},
+    watch::{Aliases, Change, bounded, chain},
 };
 use call::{Call, CallError};
 pub use metrics::SecretMetrics;
 use metrics::WriteOutcome;
+use selection::Groups;
+use watches::{Place, Seen};
 
 /// How many calls run at one time.
 const CONCURRENCY: usize = 32;
@@ -58,8 +58,8 @@ const EVENTS: usize = 64;
 pub struct Settings {
     /// The name of the Secret in every namespace.
     pub name: String,
-    /// Namespaces that never get one.
-    pub excluded_namespaces: Vec<String>,
+    /// The namespaces that get one.
+    pub scope: Scope,
 }
 
 /// How far the pull secrets have come, by the name of the alias.
@@ -89,17 +89,10 @@ pub async fn keep(
     metrics: SecretMetrics,
 ) {
     let (send, changes) = mpsc::unbounded_channel();
-    let namespaces = follow(
-        Api::<PartialObjectMeta<Namespace>>::all(client.clone()),
-        watcher::Config::default(),
-        forward(&send, Seen::Namespace),
-    );
-    let fields = format!("metadata.name={}", settings.name);
-    let secrets = follow(
-        Api::<PartialObjectMeta<Secret>>::all(client.clone()),
-        watcher::Config::default().fields(&fields),
-        forward(&send, Seen::Secret),
-    );
+    let places = Place::all(&settings.scope);
+    let name = settings.name.clone();
+    let mut watches: FuturesUnordered<_> =
+        places.iter().map(|place| place.clone().follow(client.clone(), &name, send.clone())).collect();
     let (events, reports) = mpsc::channel(EVENTS);
     let keeper = Keeper {
         client,
@@ -110,30 +103,15 @@ pub async fn keep(
         events,
         metrics,
         namespaces: BTreeMap::new(),
-        groups: Vec::new(),
+        groups: Groups::default(),
         dirty: BTreeSet::new(),
         timers: BTreeSet::new(),
-        synced: HashSet::new(),
+        unsynced: (places.iter().cloned().collect(), places.iter().cloned().collect()),
     };
     tokio::select! {
-        () = namespaces => {},
-        () = secrets => {},
+        _ = watches.next() => {},
         () = report(recorder, reports) => {},
         () = keeper.run(changes) => {},
-    }
-}
-
-/// What a watch saw.
-enum Seen {
-    Namespace(Change<PartialObjectMeta<Namespace>>),
-    Secret(Change<PartialObjectMeta<Secret>>),
-}
-
-fn forward<K>(send: &mpsc::UnboundedSender<Seen>, seen: impl Fn(Change<K>) -> Seen) -> impl FnMut(Change<K>) {
-    let send = send.clone();
-    move |change| {
-        // The receiver lives as long as this watch does.
-        let _ = send.send(seen(change));
     }
 }
 
@@ -146,18 +124,11 @@ struct Keeper {
     events: mpsc::Sender<(ObjectReference, Event)>,
     metrics: SecretMetrics,
     namespaces: BTreeMap<String, State>,
-    groups: Vec<Group>,
+    groups: Groups,
     dirty: BTreeSet<String>,
     timers: BTreeSet<(Instant, String)>,
-    /// Which of the two watches have said what is there.
-    synced: HashSet<&'static str>,
-}
-
-/// The aliases that share a namespace selector, each with its place in the order of age.
-#[derive(PartialEq)]
-struct Group {
-    selector: Selector,
-    aliases: Vec<(usize, Alias)>,
+    /// Where the watches of namespaces, and those of Secrets, have not yet said what is there.
+    unsynced: (HashSet<Place>, HashSet<Place>),
 }
 
 /// What is known of one namespace.
@@ -180,12 +151,6 @@ struct State {
     timer: Option<Instant>,
 }
 
-/// Whose token a registry gets in one namespace.
-struct Choice<'a> {
-    identity: &'a Identity,
-    token: Option<Arc<Token>>,
-}
-
 /// What came of a call.
 struct Done {
     namespace: String,
@@ -199,7 +164,7 @@ impl Keeper {
         let mut summary_due = None;
         self.regroup();
         loop {
-            let synced = self.synced.len() == 2;
+            let synced = self.unsynced.0.is_empty() && self.unsynced.1.is_empty();
             if synced {
                 while calls.len() < CONCURRENCY
                     && let Some(namespace) = self.dirty.pop_first()
@@ -214,8 +179,8 @@ impl Keeper {
             let timer = self.timers.first().map(|(at, _)| *at);
             tokio::select! {
                 seen = changes.recv() => match seen {
-                    Some(Seen::Namespace(change)) => self.see_namespace(change),
-                    Some(Seen::Secret(change)) => self.see_secret(change),
+                    Some(Seen::Namespace(place, change)) => self.see_namespace(&place, change),
+                    Some(Seen::Secret(place, change)) => self.see_secret(&place, change),
                     None => return,
                 },
                 alive = self.aliases.changed() => {
@@ -237,18 +202,13 @@ impl Keeper {
     /// Sorts the aliases by selector, and every namespace anew, if that changes anything.
     fn regroup(&mut self) {
         let aliases = self.aliases.borrow_and_update().clone();
-        let mut groups: BTreeMap<_, Group> = BTreeMap::new();
-        for (order, alias) in aliases.accepted.aliases.iter().enumerate() {
-            let empty = || Group { selector: alias.namespaces.clone(), aliases: Vec::new() };
-            groups.entry(alias.group()).or_insert_with(empty).aliases.push((order, alias.clone()));
-        }
-        let groups: Vec<_> = groups.into_values().collect();
+        let groups = Groups::of(&aliases.accepted.aliases);
         if groups == self.groups {
             return;
         }
         self.groups = groups;
         for (name, state) in &mut self.namespaces {
-            state.groups = select(&self.settings, &self.groups, name, state.labels.as_ref());
+            state.groups = selecting(&self.settings.scope, &self.groups, name, state.labels.as_ref());
         }
         self.all_dirty();
     }
@@ -257,14 +217,14 @@ impl Keeper {
         self.dirty.extend(self.namespaces.keys().cloned());
     }
 
-    fn see_namespace(&mut self, change: Change<PartialObjectMeta<Namespace>>) {
+    fn see_namespace(&mut self, place: &Place, change: Change<PartialObjectMeta<Namespace>>) {
         match change {
             Change::All(all) => {
                 let names: HashSet<_> = all.iter().filter_map(|n| n.metadata.name.clone()).collect();
                 // A Secret may have been seen before its namespace; that alone makes no namespace.
-                self.namespaces.retain(|name, _| names.contains(name));
+                self.namespaces.retain(|name, _| !place.covers(name) || names.contains(name));
                 all.into_iter().for_each(|n| self.apply_namespace(n));
-                self.synced.insert("namespaces");
+                self.unsynced.0.remove(place);
             }
             Change::Applied(namespace) => self.apply_namespace(namespace),
             Change::Deleted(namespace) => {
@@ -284,20 +244,20 @@ impl Keeper {
         state.uid = meta.uid;
         state.terminating = meta.deletion_timestamp.is_some();
         state.labels = Some(meta.labels.unwrap_or_default());
-        state.groups = select(&self.settings, &self.groups, &name, state.labels.as_ref());
+        state.groups = selecting(&self.settings.scope, &self.groups, &name, state.labels.as_ref());
         self.dirty.insert(name);
     }
 
-    fn see_secret(&mut self, change: Change<PartialObjectMeta<Secret>>) {
+    fn see_secret(&mut self, place: &Place, change: Change<PartialObjectMeta<Secret>>) {
         match change {
             Change::All(all) => {
                 // Those that are gone must be looked at, too.
-                for state in self.namespaces.values_mut() {
+                for (name, state) in self.namespaces.iter_mut().filter(|(name, _)| place.covers(name)) {
                     (state.observed, state.stirred) = (None, true);
+                    self.dirty.insert(name.clone());
                 }
-                self.all_dirty();
                 all.iter().for_each(|secret| self.apply_secret(secret, Some(Observed::of(secret))));
-                self.synced.insert("secrets");
+                self.unsynced.1.remove(place);
             }
             Change::Applied(secret) => self.apply_secret(&secret, Some(Observed::of(&secret))),
             Change::Deleted(secret) => {
@@ -359,7 +319,7 @@ impl Keeper {
         }
         let now = Timestamp::now();
         let tokens = self.tokens.borrow().clone();
-        let choices = choices(&self.groups, &state.groups, &tokens, now);
+        let choices = self.groups.choices(&state.groups, &tokens, now);
         let wanted = choices.iter().map(|(host, choice)| {
             let token = choice.token.as_ref().map(|t| (t.expires_at, t.lifetime));
             ((*host).to_owned(), Wanted { identity: choice.identity.clone(), token })
@@ -483,14 +443,14 @@ impl Keeper {
         let now = Timestamp::now();
         let tokens = self.tokens.borrow().clone();
         let mut summary: Summary = BTreeMap::new();
-        for (_, alias) in self.groups.iter().flat_map(|group| &group.aliases) {
+        for alias in self.groups.aliases() {
             summary.insert(alias.name.clone(), Synced { serves: alias.serves(), ..Synced::default() });
         }
         let (mut selected, mut synced) = (0, 0);
         for (name, state) in self.namespaces.iter().filter(|(_, s)| s.labels.is_some() && !s.terminating) {
-            let choices = choices(&self.groups, &state.groups, &tokens, now);
+            let choices = self.groups.choices(&state.groups, &tokens, now);
             let mut complete = true;
-            for (_, alias) in members(&self.groups, &state.groups) {
+            for (_, alias) in self.groups.members(&state.groups) {
                 let Some(entry) = summary.get_mut(&alias.name) else { continue };
                 entry.selected += 1;
                 if alias.pull_secret == PullSecret::None {
@@ -519,70 +479,39 @@ impl Keeper {
     }
 }
 
-/// The aliases of some groups.
-fn members<'a>(groups: &'a [Group], selected: &'a [usize]) -> impl Iterator<Item = &'a (usize, Alias)> {
-    selected.iter().filter_map(|place| groups.get(*place)).flat_map(|group| &group.aliases)
-}
-
-/// Whose token each registry gets, of the aliases that select a namespace. Where two lead to one registry as two
-/// identities, the older has it, unless only the younger has a token.
-fn choices<'a>(
-    groups: &'a [Group],
-    selected: &'a [usize],
-    tokens: &Tokens,
-    now: Timestamp,
-) -> BTreeMap<&'a str, Choice<'a>> {
-    let mut aliases: Vec<_> = members(groups, selected).collect();
-    aliases.sort_by_key(|(order, _)| *order);
-    let mut choices: BTreeMap<&str, Choice<'_>> = BTreeMap::new();
-    for (_, alias) in aliases {
-        let (Some(principal), Some(registry)) = (alias.principal(), alias.registry()) else { continue };
-        let token = tokens.get(&principal).and_then(|state| state.usable(now)).cloned();
-        let known = choices.get(registry.as_str());
-        if known.is_none_or(|choice| choice.token.is_none() && token.is_some()) {
-            choices.insert(registry.as_str(), Choice { identity: &alias.identity, token });
-        }
-    }
-    choices
-}
-
 /// The places of the groups that select a namespace.
-fn select(
-    settings: &Settings,
-    groups: &[Group],
+fn selecting(
+    scope: &Scope,
+    groups: &Groups,
     name: &str,
     labels: Option<&BTreeMap<String, String>>,
 ) -> Vec<usize> {
-    let Some(labels) = labels else { return Vec::new() };
-    let opted_out = labels.get(matching::OPT_OUT).is_some_and(|v| v == matching::OPT_OUT_VALUE);
-    if opted_out || settings.excluded_namespaces.iter().any(|n| n == name) {
-        return Vec::new();
-    }
-    groups.iter().enumerate().filter(|(_, group)| group.selector.matches(labels)).map(|(i, _)| i).collect()
+    labels.filter(|labels| scope.includes(name, labels)).map(|l| groups.selecting(l)).unwrap_or_default()
 }
 
-/// Deletes every pull secret that is ours, in all namespaces: for uninstalling. Returns how many there were, and how
+/// Deletes every pull secret that is ours, wherever one may be: for uninstalling. Returns how many there were, and how
 /// many of them could not be deleted.
 ///
 /// # Errors
 /// The Secrets could not be listed.
-pub async fn delete_all(client: &Client, name: &str) -> kube::Result<(usize, usize)> {
-    let all: Api<PartialObjectMeta<Secret>> = Api::all(client.clone());
-    let params = kube::api::ListParams::default().fields(&format!("metadata.name={name}"));
-    let secrets = bounded(all.list(&params)).await?.items;
+pub async fn delete_all(client: &Client, settings: &Settings) -> kube::Result<(usize, usize)> {
+    let params = ListParams::default().fields(&format!("metadata.name={}", settings.name));
     let (mut ours, mut failed) = (0, 0);
-    for secret in &secrets {
-        let observed = Observed::of(secret);
-        if !observed.ours {
-            continue;
-        }
-        ours += 1;
-        let namespace = secret.metadata.namespace.as_deref().unwrap_or_default();
-        match Call::Delete(observed).perform(&Api::namespaced(client.clone(), namespace), name).await {
-            Ok(_) => info!(namespace, "deleted the pull secret"),
-            Err(error) => {
-                failed += 1;
-                warn!(namespace, error = %chain(&error), "the pull secret could not be deleted");
+    for place in Place::all(&settings.scope) {
+        for secret in &bounded(place.secrets(client.clone()).list(&params)).await?.items {
+            let observed = Observed::of(secret);
+            if !observed.ours {
+                continue;
+            }
+            ours += 1;
+            let namespace = secret.metadata.namespace.as_deref().unwrap_or_default();
+            let api = Api::namespaced(client.clone(), namespace);
+            match Call::Delete(observed).perform(&api, &settings.name).await {
+                Ok(_) => info!(namespace, "deleted the pull secret"),
+                Err(error) => {
+                    failed += 1;
+                    warn!(namespace, error = %chain(&error), "the pull secret could not be deleted");
+                }
             }
         }
     }

@@ -146,15 +146,41 @@ pub async fn bounded<T>(call: impl Future<Output = kube::Result<T>>) -> kube::Re
 }
 
 /// An error with its causes, in one line, each said once.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = said(error);
+    let mut above = error;
+    while let Some(cause) = above.source()
+        && !matches!(above.downcast_ref(), Some(kube::Error::Api(_)))
+    {
+        // Many say their cause themselves, in its own words.
+        text = text.replace(&cause.to_string(), &said(cause));
+        if !text.contains(&said(cause)) {
+            text = format!("{text}: {}", said(cause));
         }
-        source = cause.source();
+        above = cause;
     }
     text
+}
+
+/// An error without its causes. What the API server says needs no more than its message: kube adds the whole `Status`.
+fn said(error: &(dyn std::error::Error + 'static)) -> String {
+    match error.downcast_ref() {
+        Some(kube::Error::Api(status)) => format!("{} ({} {})", status.message, status.code, status.reason),
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_api_server_says_is_said_once_and_without_its_frame() {
+        let status = kube::core::Status::failure("secrets is forbidden", "Forbidden").with_code(403);
+        let error = watcher::Error::InitialListFailed(kube::Error::Api(Box::new(status)));
+        assert_eq!(
+            chain(&error),
+            "failed to perform initial object list: secrets is forbidden (403 Forbidden)"
+        );
+    }
 }

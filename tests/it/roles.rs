@@ -242,6 +242,64 @@ async fn a_certificate_of_someone_elses_is_served_and_registered() {
     assert_eq!(managers, [Some("cert-manager".to_owned())]);
 }
 
+/// Watching some namespaces only needs no right to the Secrets and namespaces of the cluster, and touches no others.
+#[tokio::test]
+async fn the_controller_keeps_to_the_namespaces_that_it_watches() {
+    let cluster = Cluster::start().await;
+    let (watched, later) = (cluster.namespace(&[]).await, format!("{}-later", unique("watched")));
+    let outside = cluster.namespace(&[]).await;
+    let account = json!([{"kind": "ServiceAccount", "name": "ecr-cname-controller", "namespace": NAMESPACE}]);
+    let rules = json!([
+        {"apiGroups": ["ecr-cname.dev"], "resources": ["registryaliases"], "verbs": ["get", "list", "watch"]},
+        {"apiGroups": ["ecr-cname.dev"], "resources": ["registryaliases/status"], "verbs": ["patch"]},
+        {"apiGroups": [""], "resources": ["namespaces"], "resourceNames": [watched, later], "verbs": ["list", "watch"]},
+        {"apiGroups": ["admissionregistration.k8s.io"], "resources": ["mutatingwebhookconfigurations"],
+         "resourceNames": ["ecr-cname"], "verbs": ["get", "list", "watch", "patch"]},
+        {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
+    ]);
+    let group = "rbac.authorization.k8s.io";
+    let mut objects = vec![
+        json!({"apiVersion": format!("{group}/v1"), "kind": "ClusterRole",
+               "metadata": {"name": "ecr-cname-controller"}, "rules": rules}),
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": later}}),
+    ];
+    let create = json!({"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]});
+    let keep = json!({"apiGroups": [""], "resources": ["secrets"], "resourceNames": ["ecr-cname"],
+        "verbs": ["get", "list", "watch", "patch", "delete"]});
+    // The certificate is created in the operator's own namespace.
+    for (namespace, rules) in [
+        (NAMESPACE, json!([create])),
+        (watched.as_str(), json!([keep, create])),
+        (later.as_str(), json!([keep, create])),
+    ] {
+        let metadata = json!({"name": "ecr-cname-watched", "namespace": namespace});
+        objects.push(
+            json!({"apiVersion": format!("{group}/v1"), "kind": "Role", "metadata": metadata, "rules": rules}),
+        );
+        objects.push(json!({"apiVersion": format!("{group}/v1"), "kind": "RoleBinding", "metadata": metadata,
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": "ecr-cname-watched"}, "subjects": account}));
+    }
+    let list = json!({"apiVersion": "v1", "kind": "List", "items": objects}).to_string();
+    // A List is applied in its order.
+    cluster.control_plane.apply(&list).await.unwrap();
+
+    let watch = format!("--watch-namespaces={watched},{later}");
+    let start = cluster.quick(Start::run()).args([watch.as_str()]);
+    let _operator = cluster.operator(start).await;
+    cluster.create_alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    let ready = cluster.ready("internal").await;
+    assert_eq!(ready.status.unwrap().namespaces.unwrap().selected, 2);
+    cluster.token(&watched, REGISTRY).await;
+    cluster.token(&later, REGISTRY).await;
+    assert_eq!(images(&cluster.pod(&watched, "a", "a.example.io/app").await), [format!("{REGISTRY}/app")]);
+    // Outside, nothing is promised and nothing is done.
+    assert_eq!(images(&cluster.pod(&outside, "a", "a.example.io/app").await), ["a.example.io/app"]);
+    assert!(cluster.secrets(&outside).get_opt("ecr-cname").await.unwrap().is_none());
+    // A watched namespace that goes and comes back is served again.
+    cluster.control_plane.kubectl(&["delete", "secret", "ecr-cname", "-n", &later]).await.unwrap();
+    cluster.token(&later, REGISTRY).await;
+}
+
 /// Uninstalling cleans up at once, and only what is ours.
 #[tokio::test]
 async fn cleanup_removes_what_is_ours_and_nothing_else() {
@@ -258,20 +316,18 @@ async fn cleanup_removes_what_is_ours_and_nothing_else() {
     running.operator.process().terminate().unwrap();
     running.operator.process().wait(LIMIT).expect("the operator ends");
 
-    let kubeconfig = running
-        .control_plane
-        .kubeconfig_for_service_account(NAMESPACE, "ecr-cname-controller")
-        .await
-        .unwrap();
     let output = tokio::process::Command::new(crate::cluster::binary())
         .arg("cleanup")
-        .env("KUBECONFIG", kubeconfig)
+        .env("KUBECONFIG", running.control_plane.kubeconfig())
         .output()
         .await
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(running.secrets(&namespace).get_opt("ecr-cname").await.unwrap().is_none());
     assert!(running.secrets(&foreign).get_opt("ecr-cname").await.unwrap().is_some());
+    assert!(running.secrets(NAMESPACE).get_opt("ecr-cname-tls").await.unwrap().is_none());
+    let leases: Api<Lease> = Api::namespaced(running.client(), NAMESPACE);
+    assert!(leases.get_opt("ecr-cname").await.unwrap().is_none());
     // Nothing is in the path of pods any more.
     let pod = running.pod(&namespace, "a", "a.example.io/app").await;
     assert_eq!(images(&pod), ["a.example.io/app"]);
