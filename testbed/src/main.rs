@@ -1,4 +1,4 @@
-//! `cargo testbed`: a control plane and an AWS stand-in to try things on by hand.
+//! `cargo testbed`: what the tests run on, to be used by hand.
 
 use std::fs;
 use std::path::Path;
@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use testbed::aws::AwsStandIn;
+use testbed::binaries;
 use testbed::controlplane::ControlPlane;
 use testbed::operator::{ROLE, SUBJECT};
 use testbed::{testbed_dir, until_interrupted};
@@ -24,12 +25,30 @@ struct Args {
 enum Command {
     /// Start both, and keep them until Ctrl-C.
     Up,
+    /// Build Go programs that have not been built yet, and print where they are.
+    Build {
+        /// Which; all by default.
+        programs: Vec<Programs>,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Programs {
+    /// kube-apiserver, etcd and kubectl.
+    Controlplane,
+    /// kubelet, kube-controller-manager, kube-scheduler and kube-proxy.
+    Node,
+    /// helm.
+    Helm,
+    /// What runs in containers.
+    Images,
 }
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Up => until_interrupted(hold()).await,
+        Command::Build { programs } => build(&programs),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -38,6 +57,31 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn build(programs: &[Programs]) -> Result<()> {
+    let programs = if programs.is_empty() { Programs::value_variants() } else { programs };
+    for programs in programs {
+        let paths = match programs {
+            Programs::Controlplane => {
+                let built = binaries::locate()?;
+                vec![built.kube_apiserver, built.etcd, built.kubectl]
+            }
+            Programs::Node => {
+                let built = binaries::node()?;
+                vec![built.kubelet, built.kube_controller_manager, built.kube_scheduler, built.kube_proxy]
+            }
+            Programs::Helm => vec![binaries::helm()?],
+            Programs::Images => {
+                let built = binaries::images()?;
+                vec![built.pause, built.app]
+            }
+        };
+        for path in paths {
+            println!("{}", path.display());
+        }
+    }
+    Ok(())
 }
 
 /// Starts everything, and never returns unless that fails.

@@ -1,0 +1,3 @@
+module ecr-cname.dev/testbed/images
+
+go 1.26.0
