@@ -55,6 +55,8 @@ pub enum Command {
     Resolve(ResolveArgs),
     /// Print the CustomResourceDefinition
     Crd,
+    /// Ask the webhook as the API server would, and exit with 1 if it does not answer: what `helm test` runs
+    Probe(ProbeArgs),
     /// Delete all that is ours: webhook entries, pull secrets, certificate, Lease. For uninstalling, after the controller
     /// was stopped
     Cleanup {
@@ -270,6 +272,26 @@ pub struct ResolveArgs {
     /// Image references
     #[arg(required = true, value_name = "REF")]
     pub references: Vec<String>,
+}
+
+/// What `probe` is told.
+#[derive(Clone, Debug, Args)]
+pub struct ProbeArgs {
+    /// The host name of the webhook, which its certificate is for
+    #[arg(long)]
+    pub host: String,
+
+    /// The port at which it is asked
+    #[arg(long, default_value_t = 443)]
+    pub port: u16,
+
+    /// A file with the CA that its certificate must be of, in PEM
+    #[arg(long, value_name = "FILE")]
+    pub ca: PathBuf,
+
+    /// For how long to try
+    #[arg(long, default_value = "30s", value_name = "TIME", value_parser = duration)]
+    pub timeout: Duration,
 }
 
 /// What `cleanup` is told.

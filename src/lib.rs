@@ -17,7 +17,8 @@
 //! **A token**, from an identity to every namespace, on the leader ([`lease`], edge): [`registry`] → [`ecr`] →
 //! [`tokens`] (edges) → [`pull_secret`] and [`dockerconfig`] (core) → [`secrets`] (edge).
 //!
-//! [`cleanup`] (edge) takes away what is ours. The commands that need no cluster are in [`offline`], over [`manifest`], and decide with the same core.
+//! [`cleanup`] (edge) takes away what is ours. The commands that need no cluster are in [`offline`], over [`manifest`], and
+//! decide with the same core. [`probe`] (edge) is what `helm test` runs.
 
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
@@ -52,6 +53,7 @@ pub mod webhook;
 
 pub mod manifest;
 pub mod offline;
+pub mod probe;
 
 pub mod metrics;
 pub mod telemetry;

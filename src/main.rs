@@ -5,7 +5,7 @@ use std::{process::ExitCode, time::Duration};
 use clap::Parser as _;
 use ecr_cname::{
     args::{Cli, Command, LogArgs},
-    cleanup, offline, run, telemetry,
+    cleanup, offline, probe, run, telemetry,
 };
 
 fn main() -> ExitCode {
@@ -37,6 +37,11 @@ fn dispatch(command: Command) -> anyhow::Result<ExitCode> {
         Command::Rewrite(args) => Ok(offline::rewrite(&args)),
         Command::Resolve(args) => Ok(offline::resolve(&args)),
         Command::Crd => offline::crd(),
+        Command::Probe(args) => {
+            probe::probe(&args)?;
+            println!("the webhook answers");
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
