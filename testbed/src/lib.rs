@@ -7,6 +7,7 @@
 //! # Layout
 //!
 //! - [`binaries`]: kube-apiserver, etcd and kubectl, built once from Go modules
+//! - [`build`]: the operator, compiled
 //! - [`process`]: a child process that cannot outlive us
 //! - [`controlplane`]: etcd and kube-apiserver, started in seconds, stopped and restarted at will
 //! - [`aws`]: STS and ECR
@@ -18,6 +19,7 @@
 
 pub mod aws;
 pub mod binaries;
+pub mod build;
 pub mod controlplane;
 pub mod dns;
 pub mod operator;

@@ -4,8 +4,7 @@ use std::{
     collections::BTreeMap,
     fmt::Display,
     io::{IsTerminal as _, Write as _},
-    path::PathBuf,
-    process::{Command, ExitCode, Stdio},
+    process::ExitCode,
     time::Instant,
 };
 
@@ -15,6 +14,7 @@ use clap::Parser;
 use serde_json::Value;
 use testbed::{
     aws::{AwsStandIn, Operation, Scope},
+    build::{self, Profile},
     controlplane::ControlPlane,
     operator::{self, Operator, ROLE, SUBJECT, Start},
     until_interrupted,
@@ -70,7 +70,7 @@ async fn demo(keep: bool) -> Result<()> {
     let tell = Tell { color: std::io::stdout().is_terminal() };
     tell.title("ecr-cname: your own name for your ECR registry, on a real Kubernetes control plane");
 
-    let binary = build()?;
+    let binary = build::operator(Profile::Dev)?;
     let started = Instant::now();
     let control_plane = ControlPlane::start().await?;
     let version = control_plane.kubectl(&["version", "--output=json"]).await?;
@@ -141,31 +141,6 @@ async fn demo(keep: bool) -> Result<()> {
         hold(&tell, &control_plane).await?;
     }
     Ok(())
-}
-
-/// Builds the operator as it is in this tree.
-fn build() -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    // Both packages, so that features are those of this very build and nothing is compiled twice.
-    let output = Command::new(cargo)
-        .args([
-            "build",
-            "--quiet",
-            "--package=testbed",
-            "--package=ecr-cname",
-            "--bin=ecr-cname",
-            "--message-format=json",
-        ])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "the operator does not build");
-    String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "ecr-cname")
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo built no operator")
 }
 
 async fn wait_ready(control_plane: &ControlPlane) -> Result<()> {
