@@ -11,7 +11,10 @@ use std::{
 
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore,
-    pki_types::{CertificateDer, InvalidDnsNameError, ServerName, pem::PemObject},
+    pki_types::{
+        CertificateDer, ServerName,
+        pem::{self, PemObject as _},
+    },
 };
 
 use crate::args::ProbeArgs;
@@ -30,22 +33,17 @@ const REVIEW: &str = r#"{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionRev
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
     /// There is no CA.
-    #[error("cannot read the CA in {file:?}: {source}")]
-    Ca {
-        /// The file.
-        file: String,
-        /// Why.
-        source: rustls::pki_types::pem::Error,
-    },
+    #[error("cannot read the CA in {0:?}: {1}")]
+    Ca(String, String),
     /// The CA is none, or TLS cannot be set up.
     #[error("TLS cannot be set up: {0}")]
-    Tls(#[from] rustls::Error),
+    Tls(rustls::Error),
     /// Not a name that a certificate could be for.
     #[error("{0:?} is not a host name")]
-    Host(String, #[source] InvalidDnsNameError),
+    Host(String),
     /// It cannot be reached, or its certificate is for another name or of another CA.
     #[error("{0} does not answer: {1}")]
-    Io(String, #[source] io::Error),
+    Io(String, io::Error),
     /// It answers something else.
     #[error("{0} answers something else than a webhook of ours would: {1:?}")]
     Answer(String, String),
@@ -76,15 +74,18 @@ fn attempt(host: &str, port: u16, ca: &Path) -> Result<(), ProbeError> {
 }
 
 fn connection(host: &str, ca: &Path) -> Result<ClientConnection, ProbeError> {
-    let unreadable = |source| ProbeError::Ca { file: ca.display().to_string(), source };
+    let bad = |why| ProbeError::Ca(ca.display().to_string(), why);
+    let unreadable = |error: pem::Error| bad(error.to_string());
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_file_iter(ca).map_err(unreadable)? {
-        roots.add(certificate.map_err(unreadable)?)?;
+        roots.add(certificate.map_err(unreadable)?).map_err(ProbeError::Tls)?;
+    }
+    if roots.is_empty() {
+        return Err(bad("there is no certificate in it".to_owned()));
     }
     let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    let name =
-        ServerName::try_from(host.to_owned()).map_err(|error| ProbeError::Host(host.to_owned(), error))?;
-    Ok(ClientConnection::new(Arc::new(config), name)?)
+    let name = ServerName::try_from(host.to_owned()).map_err(|_| ProbeError::Host(host.to_owned()))?;
+    ClientConnection::new(Arc::new(config), name).map_err(ProbeError::Tls)
 }
 
 fn exchange(tls: &mut ClientConnection, host: &str, port: u16) -> io::Result<String> {

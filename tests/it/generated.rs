@@ -12,26 +12,30 @@ fn root() -> &'static Path {
 fn the_crd_in_manifests_is_the_one_of_the_types() {
     let printed = std::process::Command::new(binary()).arg("crd").output().unwrap().stdout;
     let kept = fs::read(root().join("manifests/crd.yaml")).unwrap();
-    assert!(printed == kept, "run `cargo run --bin ecr-cname -- crd > manifests/crd.yaml`");
+    assert!(printed == kept, "run `cargo testbed generate`");
 }
 
 #[tokio::test]
-async fn every_manifest_and_every_manifest_in_the_readme_passes_a_server_side_dry_run() {
+async fn every_manifest_and_every_manifest_in_documents_passes_a_server_side_dry_run() {
     let cluster = shared().await;
     let mut checked = 0;
     for file in fs::read_dir(root().join("manifests")).unwrap() {
         dry_run(cluster, &fs::read_to_string(file.unwrap().path()).unwrap()).await;
         checked += 1;
     }
-    let readme = fs::read_to_string(root().join("README.md")).unwrap();
-    for snippet in readme.split("```yaml\n").skip(1) {
-        let yaml = snippet.split("```").next().unwrap();
-        if yaml.contains("apiVersion:") {
-            dry_run(cluster, yaml).await;
-            checked += 1;
+    let docs = fs::read_dir(root().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let documents = docs.filter(|path| path.extension().is_some_and(|extension| extension == "md"));
+    for document in documents.chain([root().join("README.md")]) {
+        let text = fs::read_to_string(document).unwrap();
+        for snippet in text.split("```yaml\n").skip(1) {
+            let yaml = snippet.split("```").next().unwrap();
+            if yaml.contains("apiVersion:") {
+                dry_run(cluster, yaml).await;
+                checked += 1;
+            }
         }
     }
-    assert!(checked >= 5, "only {checked} manifests found");
+    assert!(checked >= 9, "only {checked} manifests found");
 }
 
 async fn dry_run(cluster: &Cluster, yaml: &str) {

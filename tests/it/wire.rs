@@ -183,3 +183,35 @@ async fn probes_and_metrics_have_a_port_of_their_own() {
     }
     assert!(metrics.ends_with("# EOF\n"));
 }
+
+/// What `helm test` runs: it trusts the CA in the Secret and nothing else, and says what is wrong.
+#[tokio::test]
+async fn the_probe_asks_as_the_api_server_would() {
+    let cluster = shared().await;
+    let secrets: Api<Secret> = Api::namespaced(cluster.client(), NAMESPACE);
+    let data = secrets.get("ecr-cname-tls").await.unwrap().data.unwrap();
+    let probe = async |name: &str, ca: &[u8], port: u16| {
+        let file = cluster.control_plane.dir().join(name);
+        std::fs::write(&file, ca).unwrap();
+        let mut command = tokio::process::Command::new(crate::cluster::binary());
+        command
+            .args(["probe", "--host=127.0.0.1", "--timeout=0s", &format!("--port={port}"), "--ca"])
+            .arg(file);
+        let output = command.output().await.unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let webhook = cluster.operator.webhook_address().port();
+    let (well, said) = probe("probe.crt", &data["ca.crt"].0, webhook).await;
+    assert!(well, "{said}");
+
+    let stranger = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let (well, said) = probe("stranger.crt", stranger.cert.pem().as_bytes(), webhook).await;
+    assert!(!well && said.contains("invalid peer certificate: UnknownIssuer"), "{said}");
+
+    let (well, said) = probe("no.crt", b"", webhook).await;
+    assert!(!well && said.contains("cannot read the CA in"), "{said}");
+
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (well, said) = probe("nobody.crt", &data["ca.crt"].0, nobody).await;
+    assert!(!well && said.contains("does not answer: Connection refused"), "{said}");
+}
