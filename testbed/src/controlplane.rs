@@ -62,6 +62,7 @@ pub struct ControlPlane {
     ca_pem: String,
     config: kube::Config,
     kubeconfig: PathBuf,
+    flags: Vec<String>,
     run: RunDir,
 }
 
@@ -70,6 +71,11 @@ impl ControlPlane {
     ///
     /// The very first call on a machine builds both, see [`binaries::locate`].
     pub async fn start() -> Result<Self> {
+        Self::start_with(&[]).await
+    }
+
+    /// The same, with further flags of the API server.
+    pub async fn start_with(flags: &[String]) -> Result<Self> {
         install_crypto_provider();
         let binaries = spawn_blocking(binaries::locate).await??;
         let run = RunDir::create()?;
@@ -107,6 +113,7 @@ impl ControlPlane {
             binaries,
             apiserver_port,
             etcd_port,
+            flags: flags.to_vec(),
             run,
         };
         control_plane.start_etcd().await?;
@@ -352,7 +359,8 @@ impl ControlPlane {
             .args(["--authorization-mode=RBAC", "--allow-privileged=true"])
             .arg("--service-cluster-ip-range=10.96.0.0/16")
             // Webhook services are dialled by the addresses of their endpoints: there is no kube-proxy.
-            .arg("--enable-aggregator-routing=true");
+            .arg("--enable-aggregator-routing=true")
+            .args(&self.flags);
         command
     }
 

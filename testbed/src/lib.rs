@@ -13,6 +13,7 @@
 //! - [`aws`]: STS and ECR
 //! - [`dns`]: a DNS server whose zone is changed while it runs
 //! - [`operator`]: the real operator, started as a user would start it
+//! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
 //!
 //! Everything here may be kept in a `static` and shared by tests that each have a runtime of their own:
 //! nothing is bound to the runtime that started it, and nothing stays behind when the process ends.
@@ -24,6 +25,8 @@ pub mod controlplane;
 pub mod dns;
 pub mod operator;
 pub mod process;
+pub mod scale;
+pub mod usage;
 
 mod background;
 mod kubeconfig;

@@ -1,7 +1,7 @@
 //! `cargo testbed`: what the tests run on, to be used by hand.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use testbed::aws::AwsStandIn;
 use testbed::binaries;
 use testbed::controlplane::ControlPlane;
 use testbed::operator::{ROLE, SUBJECT};
-use testbed::{testbed_dir, until_interrupted};
+use testbed::{scale, testbed_dir, until_interrupted};
 
 /// A real Kubernetes control plane and a stand-in for AWS, on this machine.
 #[derive(Parser)]
@@ -29,6 +29,18 @@ enum Command {
     Build {
         /// Which; all by default.
         programs: Vec<Programs>,
+    },
+    /// Measure how the controller's cost grows with the number of namespaces. Takes about five minutes for each size.
+    Scale {
+        /// How many namespaces; may be given more than once.
+        #[arg(long, value_name = "N", default_values_t = [100, 1000, 10_000])]
+        namespaces: Vec<usize>,
+        /// How many aliases, in a cluster of its own; 0 for none.
+        #[arg(long, value_name = "N", default_value_t = 1000)]
+        aliases: usize,
+        /// The operator's binary; default: that of this tree, as it is shipped.
+        #[arg(long, value_name = "FILE")]
+        binary: Option<PathBuf>,
     },
 }
 
@@ -48,6 +60,9 @@ enum Programs {
 async fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Up => until_interrupted(hold()).await,
+        Command::Scale { namespaces, aliases, binary } => {
+            until_interrupted(scale::run(binary, &namespaces, aliases)).await
+        }
         Command::Build { programs } => build(&programs),
     };
     match result {
