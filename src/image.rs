@@ -14,6 +14,8 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ImageRef<'a> {
     host: Option<&'a str>,
+    /// All that follows the host.
+    rest: &'a str,
     path: &'a str,
     tag: Option<&'a str>,
     digest: Option<&'a str>,
@@ -53,17 +55,14 @@ impl<'a> ImageRef<'a> {
         if text.is_empty() {
             return Err(ParseError::Empty);
         }
-        let (name, digest) = match text.split_once('@') {
+        let (host, rest) = split_host(text);
+        let (name, digest) = match rest.split_once('@') {
             Some((name, digest)) => (name, Some(digest)),
-            None => (text, None),
-        };
-        let (host, rest) = match name.split_once('/') {
-            Some((first, rest)) if looks_like_host(first) => (Some(first), rest),
-            _ => (None, name),
-        };
-        let (path, tag) = match rest.split_once(':') {
-            Some((path, tag)) => (path, Some(tag)),
             None => (rest, None),
+        };
+        let (path, tag) = match name.split_once(':') {
+            Some((path, tag)) => (path, Some(tag)),
+            None => (name, None),
         };
         if host.is_some_and(|h| !is_host(h)) {
             return Err(ParseError::Host);
@@ -80,7 +79,7 @@ impl<'a> ImageRef<'a> {
         if digest.is_some_and(|d| !is_digest(d)) {
             return Err(ParseError::Digest);
         }
-        Ok(Self { host, path, tag, digest })
+        Ok(Self { host, rest, path, tag, digest })
     }
 
     /// The registry host with its port, as written; `None` where the runtime would fill in its default registry.
@@ -113,7 +112,7 @@ impl<'a> ImageRef<'a> {
     where
         'a: 'b,
     {
-        Relocated { host, prefix, image: Self { host: None, ..*self } }
+        Relocated { host, prefix, rest: self.rest }
     }
 }
 
@@ -122,14 +121,7 @@ impl fmt::Display for ImageRef<'_> {
         if let Some(host) = self.host {
             write!(f, "{host}/")?;
         }
-        f.write_str(self.path)?;
-        if let Some(tag) = self.tag {
-            write!(f, ":{tag}")?;
-        }
-        if let Some(digest) = self.digest {
-            write!(f, "@{digest}")?;
-        }
-        Ok(())
+        f.write_str(self.rest)
     }
 }
 
@@ -138,16 +130,21 @@ impl fmt::Display for ImageRef<'_> {
 pub struct Relocated<'a> {
     host: &'a str,
     prefix: Option<&'a str>,
-    image: ImageRef<'a>,
+    /// Path, tag and digest.
+    rest: &'a str,
+}
+
+impl<'a> Relocated<'a> {
+    /// What makes the name when it is put together.
+    pub fn parts(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        let (prefix, slash) = self.prefix.map_or(("", ""), |prefix| (prefix, "/"));
+        [self.host, "/", prefix, slash, self.rest].into_iter()
+    }
 }
 
 impl fmt::Display for Relocated<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/", self.host)?;
-        if let Some(prefix) = self.prefix {
-            write!(f, "{prefix}/")?;
-        }
-        self.image.fmt(f)
+        self.parts().try_for_each(|part| f.write_str(part))
     }
 }
 
@@ -178,6 +175,16 @@ pub fn is_host(text: &str) -> bool {
 #[must_use]
 pub fn is_path(text: &str) -> bool {
     text.split('/').all(is_path_component)
+}
+
+/// Splits what counts as a host from the rest of an image reference, whether either is valid or not.
+#[must_use]
+pub fn split_host(text: &str) -> (Option<&str>, &str) {
+    match text.split_once('/') {
+        // A slash may be in a digest, too, which has no host before it.
+        Some((first, rest)) if !first.contains('@') && looks_like_host(first) => (Some(first), rest),
+        _ => (None, text),
+    }
 }
 
 fn looks_like_host(first: &str) -> bool {

@@ -7,7 +7,7 @@
 //! Three journeys lead through the modules, each a straight line. Core modules decide: they know no client, no clock and
 //! no runtime. Edges do what was decided, and do not call one another: [`run`] joins them with channels.
 //!
-//! **An image name**, from an admission request to its answer: [`webhook`] (edge) → [`review`] (the wire) → [`image`] →
+//! **An image name**, from an admission request to its answer: [`webhook`] (edge) → [`review`] (the wire, over [`json`]) → [`image`] →
 //! [`table`] → [`mutate`] → back through [`review`].
 //!
 //! **An alias**, from an object to the pods that it concerns: [`watch`] (edge) → [`crd`] → [`alias`] → [`table`], and on
@@ -29,6 +29,7 @@ pub mod alias;
 pub mod crd;
 pub mod dockerconfig;
 pub mod image;
+pub mod json;
 pub mod matching;
 pub mod mutate;
 pub mod pull_secret;

@@ -1,9 +1,12 @@
 //! The decision: pod × aliases → edits. A pure function of its arguments.
 
-use std::collections::BTreeMap;
+use std::{
+    cell::OnceCell,
+    collections::{BTreeMap, HashSet},
+};
 
 use crate::{
-    image::{ImageRef, Relocated},
+    image::{ImageRef, Relocated, split_host},
     review::{Image, Operation, Pod, Request},
     table::{HostTable, Rule},
 };
@@ -11,6 +14,9 @@ use crate::{
 /// The most that the annotation with the original names may hold, in bytes. All annotations of an object together may
 /// hold 256 KiB, and the others are not ours to crowd out.
 const MAX_TRACE: usize = 16 * 1024;
+
+/// Stands in the annotation for the names that it has no room for.
+pub const LEFT_OUT: &str = "…";
 
 /// What to do with a pod.
 #[derive(Debug)]
@@ -26,7 +32,7 @@ pub enum Verdict<'a> {
         /// The alias's name.
         alias: &'a str,
         /// The image that names it.
-        image: Image<'a>,
+        image: &'a Image<'a>,
     },
 }
 
@@ -45,7 +51,7 @@ pub struct Mutation<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Edit<'a> {
     /// The image as it is.
-    pub image: Image<'a>,
+    pub image: &'a Image<'a>,
     /// Its new name.
     pub new: Relocated<'a>,
 }
@@ -59,17 +65,19 @@ pub struct AppendPullSecret<'a> {
     pub list_exists: bool,
 }
 
-/// The annotation that keeps the names as written.
+/// The annotation that keeps the names as written: JSON, field → name.
 #[derive(Clone, Debug)]
 pub struct Trace {
-    /// The annotation's value: JSON, field → name as written.
-    pub value: String,
+    /// What it holds already, less what is written anew.
+    pub existing: BTreeMap<String, String>,
+    /// How many of the edits are added, the first ones.
+    pub added: usize,
     /// Whether the pod has annotations to add to.
     pub annotations_exist: bool,
 }
 
 /// A list of a pod spec whose members may name an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ImageList {
     /// `containers`
     Containers,
@@ -100,24 +108,30 @@ impl ImageList {
 /// or keep a pod from being deleted (gatekeeper #2196, opentelemetry-operator #1514).
 #[must_use]
 pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &'a str) -> Verdict<'a> {
-    let Some(pod) = request.object.as_ref().filter(|pod| !pod.is_mirror()) else { return Verdict::Untouched };
+    let Some(pod) = request.object.as_ref() else { return Verdict::Untouched };
     let before = match request.operation {
         Operation::Create => None,
-        Operation::Update => request.old_object.as_ref(),
+        Operation::Update => request.old_object.as_ref().map(Before::new),
         Operation::Delete | Operation::Connect => return Verdict::Untouched,
     };
+    if pod.annotations.as_ref().is_some_and(|annotations| annotations.mirror) {
+        return Verdict::Untouched;
+    }
     let mut edits = Vec::new();
     let mut wants_secret = false;
     let mut known = false;
-    for image in pod.images().filter(|image| before.is_none_or(|old| !had(old, image))) {
-        let Ok(reference) = ImageRef::parse(image.reference) else { continue };
-        let rule = table.rule(&reference);
-        known |= rule.is_some();
+    for (place, image) in pod.images.iter().enumerate() {
+        // Most images are at other hosts, and need not be parsed.
+        let Some(rule) = split_host(&image.reference).0.and_then(|host| table.rule(host)) else { continue };
+        let Ok(reference) = ImageRef::parse(&image.reference) else { continue };
+        if before.as_ref().is_some_and(|before| before.had(place, image)) {
+            continue;
+        }
+        known = true;
         match rule {
-            None => {}
-            Some(Rule::Canonical) => wants_secret = true,
-            Some(Rule::Unresolved { alias }) => return Verdict::Unresolved { alias, image },
-            Some(Rule::Rewrite { registry, prefix, pull_secret }) => {
+            Rule::Canonical => wants_secret = true,
+            Rule::Unresolved { alias } => return Verdict::Unresolved { alias, image },
+            Rule::Rewrite { registry, prefix, pull_secret } => {
                 wants_secret |= pull_secret;
                 edits.push(Edit { image, new: reference.at(registry, prefix.as_deref()) });
             }
@@ -126,8 +140,7 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
     let pull_secret =
         (wants_secret && request.operation == Operation::Create).then(|| append(pod, pull_secret)).flatten();
     // The API server drops every other change from an update of this subresource.
-    let traceable = request.sub_resource.as_ref().is_none_or(|s| s.as_str().is_empty());
-    let trace = (traceable && !edits.is_empty()).then(|| trace(pod, &edits));
+    let trace = (request.sub_resource.is_empty() && !edits.is_empty()).then(|| trace(pod, &edits));
     if edits.is_empty() && pull_secret.is_none() {
         let unknown = !known && request.operation == Operation::Create;
         return if unknown { Verdict::Unknown } else { Verdict::Untouched };
@@ -135,37 +148,56 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
     Verdict::Mutate(Mutation { edits, pull_secret, trace })
 }
 
-/// Whether the pod had this very image before.
-fn had(old: &Pod<'_>, image: &Image<'_>) -> bool {
-    old.images().any(|o| (o.list, o.owner, o.reference) == (image.list, image.owner, image.reference))
+/// The images that a pod had before an update.
+struct Before<'a> {
+    images: &'a [Image<'a>],
+    /// The same, for images that have moved.
+    anywhere: OnceCell<HashSet<Key<'a>>>,
+}
+
+/// What makes an image the same one, wherever it stands in its list.
+type Key<'a> = (ImageList, &'a str, &'a str);
+
+impl<'a> Before<'a> {
+    fn new(pod: &'a Pod<'a>) -> Self {
+        Self { images: &pod.images, anywhere: OnceCell::new() }
+    }
+
+    /// Whether the pod had this very image. Most are where they were.
+    fn had(&self, place: usize, image: &Image<'_>) -> bool {
+        fn key<'b>(image: &'b Image<'_>) -> Key<'b> {
+            (image.list, &image.owner, &image.reference)
+        }
+        self.images.get(place) == Some(image)
+            || self.anywhere.get_or_init(|| self.images.iter().map(key).collect()).contains(&key(image))
+    }
 }
 
 fn append<'a>(pod: &Pod<'_>, name: &'a str) -> Option<AppendPullSecret<'a>> {
-    match pod.pull_secrets() {
+    match &pod.pull_secrets {
         None => Some(AppendPullSecret { name, list_exists: false }),
-        Some(mut present) => {
-            (!present.any(|p| p == name)).then_some(AppendPullSecret { name, list_exists: true })
+        Some(present) => {
+            (!present.iter().any(|p| p == name)).then_some(AppendPullSecret { name, list_exists: true })
         }
     }
 }
 
 fn trace(pod: &Pod<'_>, edits: &[Edit<'_>]) -> Trace {
-    let existing = pod.original_images();
-    let mut names: BTreeMap<String, String> =
-        existing.flatten().and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
-    let mut size: usize = names.iter().map(|(k, v)| k.len() + v.len() + 6).sum();
-    let mut left_out = 0;
-    for Edit { image, .. } in edits {
-        let field = format!("spec.{}{{{}}}", image.list.field(), image.owner);
-        size += field.len() + image.reference.len() + 6;
-        if size > MAX_TRACE {
-            left_out += 1;
-        } else {
-            names.insert(field, image.reference.to_owned());
+    let text = pod.annotations.as_ref().and_then(|annotations| annotations.original_images.as_deref());
+    let mut existing: BTreeMap<String, String> =
+        text.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+    let mut size: usize = existing.iter().map(|(k, v)| k.len() + v.len() + 6).sum();
+    let fits = |edit: &&Edit<'_>| {
+        size += "spec.{}".len() + edit.image.list.field().len();
+        size += edit.image.owner.len() + edit.image.reference.len() + 6;
+        size <= MAX_TRACE
+    };
+    let added = edits.iter().take_while(fits).count();
+    if !existing.is_empty() {
+        existing.remove(LEFT_OUT);
+        for Edit { image, .. } in edits.iter().take(added) {
+            existing.remove(&["spec.", image.list.field(), "{", &image.owner, "}"].concat());
         }
     }
-    if left_out > 0 {
-        names.insert("…".to_owned(), format!("{left_out} more"));
-    }
-    Trace { value: serde_json::to_string(&names).unwrap_or_default(), annotations_exist: existing.is_some() }
+    Trace { existing, added, annotations_exist: pod.annotations.is_some() }
 }

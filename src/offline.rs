@@ -146,7 +146,7 @@ fn try_resolve(args: &ResolveArgs) -> Result<ExitCode, BadInput> {
 /// The new name of an image, if an alias gives it one; an alias without a registry is an error.
 fn decide<'t>(table: &'t HostTable, reference: &str) -> Result<Option<String>, &'t str> {
     let Ok(image) = ImageRef::parse(reference) else { return Ok(None) };
-    match table.rule(&image) {
+    match image.host().and_then(|host| table.rule(host)) {
         Some(Rule::Rewrite { registry, prefix, .. }) => {
             Ok(Some(image.at(registry, prefix.as_deref()).to_string()))
         }

@@ -5,7 +5,6 @@ use std::collections::{HashMap, HashSet};
 use crate::{
     alias::{Alias, Group, MAX_HOST},
     crd::PullSecret,
-    image::ImageRef,
     matching,
 };
 
@@ -79,10 +78,9 @@ impl HostTable {
         self.digests.contains(digest)
     }
 
-    /// What to do with an image. Its host is compared as a whole, with its port and without regard to case.
+    /// What to do with images at a host, which is compared as a whole, with its port and without regard to case.
     #[must_use]
-    pub fn rule(&self, image: &ImageRef<'_>) -> Option<&Rule> {
-        let host = image.host()?;
+    pub fn rule(&self, host: &str) -> Option<&Rule> {
         if !host.bytes().any(|b| b.is_ascii_uppercase()) {
             return self.rules.get(host);
         }

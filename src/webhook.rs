@@ -37,7 +37,7 @@ use tracing::{debug, info, warn};
 use crate::{
     matching::FailurePolicy,
     mutate::{Mutation, Verdict, mutate},
-    review::{self, Operation, Request},
+    review::{self, BadReview, Operation, Request},
     table::AliasTable,
     watch::Aliases,
 };
@@ -113,13 +113,12 @@ impl Webhook {
         Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state(self)
     }
 
-    /// Answers one request body that came for a group of aliases, from a webhook entry with that digest.
+    /// Answers one request that came for a group of aliases, from a webhook entry with that digest.
     ///
     /// # Errors
     /// A 4xx status with a text that says what is wrong with the body.
-    pub fn answer(&self, group: &str, digest: &str, body: &[u8]) -> Answer {
-        let started = Instant::now();
-        let (outcome, answer) = match review::parse(body) {
+    pub fn answer(&self, group: &str, digest: &str, request: Result<Request<'_>, BadReview>) -> Answer {
+        let (outcome, answer) = match request {
             Ok(request) => {
                 let (outcome, answer) = self.decide(group, digest, &request);
                 (outcome, Ok(answer))
@@ -127,14 +126,13 @@ impl Webhook {
             Err(error) => (Outcome::BadRequest, Err((StatusCode::BAD_REQUEST, error.to_string()))),
         };
         self.metrics.count(outcome);
-        self.metrics.latency.observe(started.elapsed().as_secs_f64());
         answer
     }
 
     /// Waits, for a moment, until this replica knows the alias that a new pod names: the API server learns of an alias by a
     /// watch of its own, which may be the faster one.
-    async fn catch_up(&self, group: &str, digest: &str, body: &[u8], patience: Duration) {
-        if !self.is_behind(group, digest, body) {
+    async fn catch_up(&self, group: &str, digest: &str, request: &Request<'_>, patience: Duration) {
+        if !self.is_behind(group, digest, request) {
             return;
         }
         // Those that wait must leave room for those that need not.
@@ -143,7 +141,7 @@ impl Webhook {
         let catching_up = async {
             loop {
                 updates.mark_unchanged();
-                if !self.is_behind(group, digest, body) || updates.changed().await.is_err() {
+                if !self.is_behind(group, digest, request) || updates.changed().await.is_err() {
                     return;
                 }
             }
@@ -153,16 +151,13 @@ impl Webhook {
     }
 
     /// Whether the API server knows an alias that this replica does not, and this very pod names it.
-    fn is_behind(&self, group: &str, digest: &str, body: &[u8]) -> bool {
+    fn is_behind(&self, group: &str, digest: &str, request: &Request<'_>) -> bool {
         let table = self.table.load();
-        let hosts = table.group(group);
-        if hosts.is_some_and(|hosts| hosts.agrees_with(digest)) {
-            return false;
-        }
-        review::parse(body).is_ok_and(|request| match hosts {
+        match table.group(group) {
             None => request.operation == Operation::Create,
-            Some(hosts) => matches!(mutate(&request, hosts, &self.settings.pull_secret), Verdict::Unknown),
-        })
+            Some(hosts) if hosts.agrees_with(digest) => false,
+            Some(hosts) => matches!(mutate(request, hosts, &self.settings.pull_secret), Verdict::Unknown),
+        }
     }
 
     fn decide(&self, group: &str, digest: &str, request: &Request<'_>) -> (Outcome, Vec<u8>) {
@@ -185,7 +180,7 @@ impl Webhook {
                 format!(
                     "{}: image {:?} names RegistryAlias {alias:?}, whose registry is not resolved: \
                      see the condition Resolved in `kubectl describe registryalias {alias}`",
-                    field(&image),
+                    field(image),
                     image.reference
                 ),
             ),
@@ -277,9 +272,15 @@ async fn admit(
     };
     let answer = match body.unwrap_or_else(slow) {
         Ok((body, _permit)) => {
-            let patience = CATCH_UP.min(webhook.limits.time.saturating_sub(started.elapsed()));
-            webhook.catch_up(&group, &digest, &body, patience).await;
-            webhook.answer(&group, &digest, &body)
+            let arrived = Instant::now();
+            let request = review::parse(&body);
+            if let Ok(request) = &request {
+                let patience = CATCH_UP.min(webhook.limits.time.saturating_sub(arrived - started));
+                webhook.catch_up(&group, &digest, request, patience).await;
+            }
+            let answer = webhook.answer(&group, &digest, request);
+            webhook.metrics.latency.observe(arrived.elapsed().as_secs_f64());
+            answer
         }
         Err(rejected) => {
             webhook.metrics.count(Outcome::Rejected);
@@ -323,8 +324,7 @@ struct PodName<'a>(&'a Request<'a>);
 
 impl std::fmt::Display for PodName<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let text = |t: &Option<review::Text<'_>>| t.as_ref().map_or("", review::Text::as_str).to_owned();
-        write!(f, "{}/{}", text(&self.0.namespace), text(&self.0.name))
+        write!(f, "{}/{}", self.0.namespace, self.0.name)
     }
 }
 

@@ -14,6 +14,7 @@
 //! - [`dns`]: a DNS server whose zone is changed while it runs
 //! - [`operator`]: the real operator, started as a user would start it
 //! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
+//! - [`capture`]: AdmissionReviews as the API server sends them, for benchmarks
 //!
 //! Everything here may be kept in a `static` and shared by tests that each have a runtime of their own:
 //! nothing is bound to the runtime that started it, and nothing stays behind when the process ends.
@@ -21,6 +22,7 @@
 pub mod aws;
 pub mod binaries;
 pub mod build;
+pub mod capture;
 pub mod controlplane;
 pub mod dns;
 pub mod operator;

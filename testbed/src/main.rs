@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 use testbed::aws::AwsStandIn;
 use testbed::binaries;
+use testbed::capture::capture;
 use testbed::controlplane::ControlPlane;
 use testbed::operator::{ROLE, SUBJECT};
 use testbed::{scale, testbed_dir, until_interrupted};
@@ -42,6 +43,11 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         binary: Option<PathBuf>,
     },
+    /// Write AdmissionReviews of an API server into a directory, as benches/fixtures has them.
+    Capture {
+        /// Where to.
+        dir: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -64,6 +70,7 @@ async fn main() -> ExitCode {
             until_interrupted(scale::run(binary, &namespaces, aliases)).await
         }
         Command::Build { programs } => build(&programs),
+        Command::Capture { dir } => until_interrupted(capture(&dir)).await,
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,6 +10,7 @@ use ecr_cname::{
     manifest,
     matching::FailurePolicy,
     metrics,
+    review::parse,
     table::AliasTable,
     webhook::{Limits, Settings, Webhook},
 };
@@ -101,7 +102,7 @@ fn review(operation: &str, sub_resource: &str, pod: Option<&Value>, old: Option<
 fn answer(webhook: &Webhook, review: &Value) -> Value {
     let body = serde_json::to_vec(review).unwrap();
     let answer = webhook
-        .answer(everywhere().as_str(), &digest(), &body)
+        .answer(everywhere().as_str(), &digest(), parse(&body))
         .unwrap_or_else(|(s, text)| panic!("{s}: {text}"));
     let answer: Value = serde_json::from_slice(&answer).unwrap();
     assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
@@ -258,7 +259,7 @@ fn a_new_pod_of_an_alias_that_is_not_known_yet_is_refused() {
     let (group, current) = (everywhere(), digest());
     let allowed = |group: &str, digest: &str, operation: &str, pod: &Value| {
         let body = serde_json::to_vec(&review(operation, "", Some(pod), Some(&json!({})))).unwrap();
-        let answer = webhook.answer(group, digest, &body).unwrap();
+        let answer = webhook.answer(group, digest, parse(&body)).unwrap();
         serde_json::from_slice::<Value>(&answer).unwrap()["response"]["allowed"].as_bool().unwrap()
     };
     assert!(!allowed("0123456789", "0123456789", "CREATE", &stranger), "an unknown group");
@@ -365,7 +366,7 @@ proptest! {
     #[test]
     fn any_bytes_are_answered_and_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..2000)) {
         let webhook = webhook(false, FailurePolicy::Fail);
-        prop_assert!(webhook.answer(everywhere().as_str(), &digest(), &bytes).is_err());
+        prop_assert!(webhook.answer(everywhere().as_str(), &digest(), parse(&bytes)).is_err());
     }
 
     #[test]
@@ -378,7 +379,7 @@ proptest! {
         for (at, byte) in flip {
             if let Some(b) = body.get_mut(at) { *b = byte; }
         }
-        if let Ok(answer) = webhook.answer(everywhere().as_str(), &digest(), &body) {
+        if let Ok(answer) = webhook.answer(everywhere().as_str(), &digest(), parse(&body)) {
             let answer: Value = serde_json::from_slice(&answer).unwrap();
             prop_assert!(answer["response"]["allowed"].is_boolean());
         }

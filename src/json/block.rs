@@ -1,0 +1,204 @@
+//! Quotes and brackets of JSON, found 64 bytes at a time.
+//!
+//! One bit stands for one byte. That an odd number of quotes before it puts a byte into a string, and how runs of
+//! backslashes are told apart without a branch, is the method of simdjson: <https://arxiv.org/abs/1902.08318>, section 3.
+
+use wide::u8x16;
+
+/// Where of 64 bytes some are, the first byte in the lowest bit.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Bits {
+    quotes: u64,
+    backslashes: u64,
+    /// `{` and `[`.
+    opening: u64,
+    /// `}` and `]`.
+    closing: u64,
+}
+
+/// What one block must know of those before it.
+#[derive(Default)]
+struct Carry {
+    /// 1 if a backslash before the block escapes its first byte.
+    escaped: u64,
+    /// All ones if the block begins within a string.
+    in_string: u64,
+}
+
+/// The place of the quote that ends a string, in bytes that begin within it.
+pub(super) fn end_of_string(bytes: &[u8]) -> Option<usize> {
+    let mut carry = Carry::default();
+    in_blocks(bytes, |bits| {
+        let quotes = bits.quotes & !carry.escaped_by(bits.backslashes);
+        (quotes != 0).then(|| quotes.trailing_zeros() as usize)
+    })
+}
+
+/// The place of the bracket that ends an object or array, in bytes that begin within it. The two kinds of brackets are
+/// not told apart: in JSON they nest, and text that is not JSON is only skipped.
+pub(super) fn end_of_container(bytes: &[u8]) -> Option<usize> {
+    let mut carry = Carry::default();
+    let mut depth = 1_u64;
+    in_blocks(bytes, |bits| {
+        let quotes = bits.quotes & !carry.escaped_by(bits.backslashes);
+        let in_string = parity(quotes) ^ carry.in_string;
+        carry.in_string = if in_string >> 63 == 1 { u64::MAX } else { 0 };
+        let (opening, mut closing) = (bits.opening & !in_string, bits.closing & !in_string);
+        // Most blocks cannot end it, whatever their order.
+        if u64::from(closing.count_ones()) < depth {
+            depth = depth + u64::from(opening.count_ones()) - u64::from(closing.count_ones());
+            return None;
+        }
+        let (before, mut closed) = (depth, 0);
+        while closing != 0 {
+            let at = closing.trailing_zeros();
+            let opened = u64::from((opening & ((1 << at) - 1)).count_ones());
+            closed += 1;
+            if before + opened == closed {
+                return Some(at as usize);
+            }
+            closing &= closing - 1;
+        }
+        depth = before + u64::from(opening.count_ones()) - closed;
+        None
+    })
+}
+
+/// Calls `find` for each 64 bytes until it finds something, and returns where. The last block is filled up with zeros.
+fn in_blocks(bytes: &[u8], mut find: impl FnMut(Bits) -> Option<usize>) -> Option<usize> {
+    let (blocks, rest) = bytes.as_chunks::<64>();
+    for (i, block) in blocks.iter().enumerate() {
+        if let Some(found) = find(bits(block)) {
+            return Some(i * 64 + found);
+        }
+    }
+    let mut last = [0; 64];
+    last.get_mut(..rest.len())?.copy_from_slice(rest);
+    find(bits(&last)).map(|found| blocks.len() * 64 + found)
+}
+
+impl Carry {
+    /// The bytes that a backslash before them escapes.
+    fn escaped_by(&mut self, backslashes: u64) -> u64 {
+        if backslashes == 0 {
+            return std::mem::take(&mut self.escaped);
+        }
+        const EVEN: u64 = 0x5555_5555_5555_5555;
+        let backslashes = backslashes & !self.escaped;
+        let after_one = backslashes << 1 | self.escaped;
+        // A run that begins at an odd place carries into the even place after it, if it has an odd length.
+        let odd_starts = backslashes & !EVEN & !after_one;
+        let (even_runs, overflow) = odd_starts.overflowing_add(backslashes);
+        self.escaped = u64::from(overflow);
+        (EVEN ^ (even_runs << 1)) & after_one
+    }
+}
+
+/// For each bit, whether the number of bits up to it is odd.
+fn parity(mut bits: u64) -> u64 {
+    for shift in [1, 2, 4, 8, 16, 32] {
+        bits ^= bits << shift;
+    }
+    bits
+}
+
+/// In vectors, which are SSE2 on x86-64 and NEON on ARM.
+fn bits(block: &[u8; 64]) -> Bits {
+    let (lanes, _) = block.as_chunks::<16>();
+    let lane = |i: usize| u8x16::new(lanes.get(i).copied().unwrap_or_default());
+    let lanes = [lane(0), lane(1), lane(2), lane(3)];
+    let equal = |lanes: [u8x16; 4], byte: u8| lanes.map(|lane| lane.simd_eq(u8x16::splat(byte)));
+    let gather = |lanes: [u8x16; 4]| {
+        let [a, b, c, d] = lanes.map(|lane| u64::from(lane.to_bitmask()));
+        a | b << 16 | c << 32 | d << 48
+    };
+    // Most blocks have no backslash.
+    let backslashes = equal(lanes, b'\\');
+    let [a, b, c, d] = backslashes;
+    let any = ((a | b) | (c | d)).to_bitmask() != 0;
+    // This bit makes a brace of a bracket, and a brace or bracket of nothing else.
+    let braces = lanes.map(|lane| lane | u8x16::splat(0x20));
+    Bits {
+        quotes: gather(equal(lanes, b'"')),
+        backslashes: if any { gather(backslashes) } else { 0 },
+        opening: gather(equal(braces, b'{')),
+        closing: gather(equal(braces, b'}')),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Bytes among which those that matter are frequent.
+    fn bytes(length: impl Into<proptest::collection::SizeRange>) -> impl Strategy<Value = Vec<u8>> {
+        let byte = prop_oneof![
+            4 => proptest::sample::select(b"\"\\{}[]".as_slice()),
+            1 => any::<u8>(),
+        ];
+        proptest::collection::vec(byte, length)
+    }
+
+    /// The same, one byte after the other.
+    fn slow_end(bytes: &[u8], mut in_string: bool, mut depth: i64) -> Option<usize> {
+        let mut escaped = false;
+        for (i, byte) in bytes.iter().enumerate() {
+            if std::mem::take(&mut escaped) {
+                // An escaped quote is none; an escaped bracket is one nevertheless.
+                if *byte == b'"' || *byte == b'\\' {
+                    continue;
+                }
+            }
+            match byte {
+                b'\\' => escaped = true,
+                b'"' if depth == 0 => return Some(i),
+                b'"' => in_string = !in_string,
+                b'{' | b'[' if !in_string && depth > 0 => depth += 1,
+                b'}' | b']' if !in_string && depth > 0 => {
+                    depth -= 1;
+                    if depth == 0 {
+                        return Some(i);
+                    }
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
+    proptest! {
+        #[test]
+        fn every_bit_is_where_its_byte_is(bytes in bytes(64)) {
+            let block = bytes.as_slice().try_into().unwrap();
+            let expected = Bits {
+                quotes: naive(&bytes, b"\""),
+                backslashes: naive(&bytes, b"\\"),
+                opening: naive(&bytes, b"{["),
+                closing: naive(&bytes, b"}]"),
+            };
+            prop_assert_eq!(bits(block), expected);
+        }
+
+        #[test]
+        fn a_string_ends_where_it_does_byte_by_byte(bytes in bytes(0..300)) {
+            prop_assert_eq!(end_of_string(&bytes), slow_end(&bytes, true, 0));
+        }
+
+        #[test]
+        fn a_container_ends_where_it_does_byte_by_byte(bytes in bytes(0..300)) {
+            prop_assert_eq!(end_of_container(&bytes), slow_end(&bytes, false, 1));
+        }
+
+        /// Without quotes in the way, so that the depth gets somewhere.
+        #[test]
+        fn depth_is_counted_over_many_blocks(bytes in "[\\[\\]{} ]{0,400}", deep in 0usize..300) {
+            let bytes = ["[".repeat(deep).as_bytes(), bytes.as_bytes(), "]".repeat(deep).as_bytes()].concat();
+            prop_assert_eq!(end_of_container(&bytes), slow_end(&bytes, false, 1));
+        }
+    }
+
+    fn naive(bytes: &[u8], wanted: &[u8]) -> u64 {
+        bytes.iter().rev().fold(0, |bits, byte| bits << 1 | u64::from(wanted.contains(byte)))
+    }
+}
