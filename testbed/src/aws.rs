@@ -15,7 +15,7 @@ mod server;
 mod state;
 mod sts;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,6 +33,7 @@ pub use state::{Call, State};
 
 use crate::background::Background;
 use crate::install_crypto_provider;
+use crate::node::Machine;
 
 /// The region of [`AwsStandIn::env`].
 pub const REGION: &str = "us-east-1";
@@ -44,6 +45,17 @@ pub struct AwsStandIn {
     _server: Background,
 }
 
+/// Tells a registry whose token it is that a client shows.
+#[derive(Clone)]
+pub struct Tokens(Arc<Shared>);
+
+impl Tokens {
+    /// The token as it was issued, if it ever was.
+    pub fn find(&self, token: &str) -> Option<IssuedToken> {
+        self.0.state.borrow().tokens().iter().find(|issued| issued.token == token).cloned()
+    }
+}
+
 /// What the handle and the server have in common.
 struct Shared {
     issuer: Issuer,
@@ -53,8 +65,17 @@ struct Shared {
 impl AwsStandIn {
     /// Starts a stand-in on a free port of 127.0.0.1 that trusts the web identity tokens of `issuer`.
     pub fn start(issuer: Issuer) -> Result<Self> {
+        Self::serve(issuer, TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen")?)
+    }
+
+    /// The same on a machine, so that pods reach it.
+    pub fn start_on(issuer: Issuer, machine: &Machine) -> Result<Self> {
+        let bind = || TcpListener::bind((Machine::ADDRESS, 0)).context("cannot listen");
+        Self::serve(issuer, machine.within_network(bind)?)
+    }
+
+    fn serve(issuer: Issuer, listener: TcpListener) -> Result<Self> {
         install_crypto_provider();
-        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen")?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared { issuer, state: watch::Sender::new(State::default()) });
@@ -150,6 +171,11 @@ impl AwsStandIn {
     /// Whether a registry would accept this token now.
     pub fn is_valid(&self, token: &str) -> bool {
         self.shared.state.borrow().is_valid(token)
+    }
+
+    /// What a registry knows of tokens.
+    pub fn tokens(&self) -> Tokens {
+        Tokens(Arc::clone(&self.shared))
     }
 
     /// All tokens of ECR so far, oldest first, valid or not.

@@ -1,9 +1,10 @@
 //! A real Kubernetes control plane: etcd and kube-apiserver, with RBAC on.
 //!
-//! No controllers and no nodes run. What they would do that tests depend on is done here: a namespace from
+//! By itself it has no controllers and no nodes; [`Node`](crate::node::Node) adds them to one that was started on a
+//! [`Machine`]. What they would do that tests depend on is done here: a namespace from
 //! [`ControlPlane::namespace`] has the `default` service account that admission wants every pod to have.
-//! What they would do beyond that is not done: nothing is garbage collected, a namespace that is deleted stays
-//! `Terminating`, and the aggregated roles `view`, `edit` and `admin` grant nothing.
+//! What they would do beyond that is not done without them: nothing is garbage collected, a namespace that is
+//! deleted stays `Terminating`, and the aggregated roles `view`, `edit` and `admin` grant nothing.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -27,14 +28,27 @@ use crate::aws::Issuer;
 use crate::binaries::{self, Binaries};
 use crate::install_crypto_provider;
 use crate::kubeconfig::Kubeconfig;
+use crate::node::Machine;
 use crate::pki;
 use crate::ports::Port;
 use crate::process::Process;
 use crate::random;
 use crate::run_dir::RunDir;
 
+/// The addresses of Services, and the first of them: that of the API server.
+pub(crate) const SERVICES: &str = "10.96.0.0/16";
+const KUBERNETES_SERVICE: &str = "10.96.0.1";
+
 /// The issuer of service account tokens.
 pub const ISSUER: &str = "https://kubernetes.default.svc";
+
+/// What the components of a node are called: file name, user and group.
+const COMPONENTS: [(&str, &str, &str); 4] = [
+    ("kubelet", "system:node:node", "system:nodes"),
+    ("kube-controller-manager", "system:kube-controller-manager", ""),
+    ("kube-scheduler", "system:kube-scheduler", ""),
+    ("kube-proxy", "system:kube-proxy", ""),
+];
 
 /// The API server is ready about four seconds after its start; a loaded machine may need longer.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -55,6 +69,7 @@ pub struct ControlPlane {
     // Dropped in this order: the API server before its storage, the directory last.
     apiserver: Mutex<Option<Arc<Process>>>,
     etcd: Mutex<Option<Arc<Process>>>,
+    machine: Option<Arc<Machine>>,
     binaries: Binaries,
     apiserver_port: Port,
     etcd_port: Port,
@@ -71,19 +86,31 @@ impl ControlPlane {
     ///
     /// The very first call on a machine builds both, see [`binaries::locate`].
     pub async fn start() -> Result<Self> {
-        Self::start_with(&[]).await
+        Self::start_at(None, &[]).await
     }
 
     /// The same, with further flags of the API server.
     pub async fn start_with(flags: &[String]) -> Result<Self> {
+        Self::start_at(None, flags).await
+    }
+
+    /// The same for a cluster with a node: nodes and pods of the machine reach the API server, and it them.
+    pub async fn start_on(machine: Arc<Machine>) -> Result<Self> {
+        Self::start_at(Some(machine), &[]).await
+    }
+
+    async fn start_at(machine: Option<Arc<Machine>>, flags: &[String]) -> Result<Self> {
         install_crypto_provider();
         let binaries = spawn_blocking(binaries::locate).await??;
         let run = RunDir::create()?;
         let (apiserver_port, etcd_port) = (Port::reserve()?, Port::reserve()?);
-        let url = format!("https://127.0.0.1:{}", apiserver_port.number());
+        let ip = machine.as_ref().map_or(Ipv4Addr::LOCALHOST, |_| Machine::ADDRESS);
+        let url = format!("https://{ip}:{}", apiserver_port.number());
 
-        let serving = pki::serving_cert(&["127.0.0.1", "localhost", "kubernetes.default.svc"])?;
+        let names = [&ip.to_string(), "localhost", "kubernetes.default.svc", KUBERNETES_SERVICE];
+        let serving = pki::serving_cert(&names)?;
         let admin_token = random::secret("")?;
+        let mut tokens = format!("{admin_token},admin,admin,\"system:masters\"\n");
         let write = |name: &str, contents: &str| {
             let path = run.path().join(name);
             fs::write(&path, contents).with_context(|| format!("cannot write {}", path.display()))?;
@@ -93,7 +120,19 @@ impl ControlPlane {
         write("tls.crt", &serving.cert)?;
         write("tls.key", &serving.key)?;
         write("service-account.key", &pki::service_account_key()?)?;
-        write("tokens.csv", &format!("{admin_token},admin,admin,\"system:masters\"\n"))?;
+        for (name, user, groups) in COMPONENTS.iter().filter(|_| machine.is_some()) {
+            let token = random::secret("")?;
+            tokens.push_str(&format!("{token},{user},{user},\"{groups}\"\n"));
+            let kubeconfig = Kubeconfig {
+                server: &url,
+                ca_pem: &serving.ca,
+                user: name,
+                token: &token,
+                namespace: "default",
+            };
+            write(&format!("{name}.kubeconfig"), &kubeconfig.to_yaml())?;
+        }
+        write("tokens.csv", &tokens)?;
         let admin = Kubeconfig {
             server: &url,
             ca_pem: &serving.ca,
@@ -106,6 +145,7 @@ impl ControlPlane {
         let control_plane = Self {
             apiserver: Mutex::default(),
             etcd: Mutex::default(),
+            machine,
             config: client_config(&kubeconfig).await?,
             kubeconfig,
             url,
@@ -141,6 +181,11 @@ impl ControlPlane {
         &self.ca_pem
     }
 
+    /// The kubeconfig of a component of the node, by its program's name.
+    pub(crate) fn component_kubeconfig(&self, program: &str) -> PathBuf {
+        self.run.path().join(format!("{program}.kubeconfig"))
+    }
+
     /// The directory of this run: data, keys and logs. It goes with the control plane.
     pub fn dir(&self) -> &Path {
         self.run.path()
@@ -164,7 +209,13 @@ impl ControlPlane {
             ..Default::default()
         };
         Api::all(self.kube_client()?).create(&PostParams::default(), &namespace).await?;
-        self.service_account(&name, "default").await?;
+        if self.machine.is_some() {
+            let wait =
+                ["wait", "--for=create", "--timeout=30s", "serviceaccount/default", "--namespace", &name];
+            self.kubectl(&wait).await?;
+        } else {
+            self.service_account(&name, "default").await?;
+        }
         Ok(name)
     }
 
@@ -234,7 +285,7 @@ impl ControlPlane {
             .arg(home.join("cache"))
             .args(args)
             .env("HOME", &home)
-            .env("NO_PROXY", "127.0.0.1")
+            .env("NO_PROXY", self.ip().to_string())
             .env_remove("KUBECONFIG")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -320,8 +371,8 @@ impl ControlPlane {
     }
 
     fn etcd_command(&self) -> Command {
-        let url = format!("http://127.0.0.1:{}", self.etcd_port.number());
-        let mut command = Command::new(&self.binaries.etcd);
+        let url = format!("http://{}:{}", self.ip(), self.etcd_port.number());
+        let mut command = self.command(&self.binaries.etcd);
         command
             .arg("--data-dir")
             .arg(self.run.path().join("etcd"))
@@ -333,16 +384,24 @@ impl ControlPlane {
 
     fn apiserver_command(&self) -> Command {
         let file = |name: &str| self.run.path().join(name);
-        let mut command = Command::new(&self.binaries.kube_apiserver);
+        let mut command = self.command(&self.binaries.kube_apiserver);
+        if self.machine.is_some() {
+            command
+                .args(["--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction"])
+                .arg("--kubelet-preferred-address-types=InternalIP");
+        } else {
+            command
+                .arg("--authorization-mode=RBAC")
+                // A machine without any network has no other address to advertise.
+                .arg("--endpoint-reconciler-type=none")
+                // Webhook services are dialled by the addresses of their endpoints: there is no kube-proxy.
+                .arg("--enable-aggregator-routing=true");
+        }
         command
-            .arg(format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port.number()))
+            .arg(format!("--etcd-servers=http://{}:{}", self.ip(), self.etcd_port.number()))
             .arg(format!("--secure-port={}", self.apiserver_port.number()))
-            // A machine without any network has no other address to advertise.
-            .args([
-                "--bind-address=127.0.0.1",
-                "--advertise-address=127.0.0.1",
-                "--endpoint-reconciler-type=none",
-            ])
+            .arg(format!("--bind-address={}", self.ip()))
+            .arg(format!("--advertise-address={}", self.ip()))
             .arg("--cert-dir")
             .arg(file("certs"))
             .arg("--tls-cert-file")
@@ -356,12 +415,23 @@ impl ControlPlane {
             .arg(file("service-account.key"))
             .arg("--service-account-signing-key-file")
             .arg(file("service-account.key"))
-            .args(["--authorization-mode=RBAC", "--allow-privileged=true"])
-            .arg("--service-cluster-ip-range=10.96.0.0/16")
-            // Webhook services are dialled by the addresses of their endpoints: there is no kube-proxy.
-            .arg("--enable-aggregator-routing=true")
+            .arg("--allow-privileged=true")
+            .arg(format!("--service-cluster-ip-range={SERVICES}"))
             .args(&self.flags);
         command
+    }
+
+    /// A component that is yet to be started, where its address is.
+    fn command(&self, program: &Path) -> Command {
+        match &self.machine {
+            Some(machine) => machine.command_in_network(program),
+            None => Command::new(program),
+        }
+    }
+
+    /// The address of both components.
+    fn ip(&self) -> Ipv4Addr {
+        self.machine.as_ref().map_or(Ipv4Addr::LOCALHOST, |_| Machine::ADDRESS)
     }
 
     async fn apiserver_ready(&self) -> Result<()> {
@@ -380,7 +450,7 @@ impl ControlPlane {
 
     async fn etcd_ready(&self) -> Result<()> {
         let process = self.etcd().context("etcd does not run")?;
-        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.etcd_port.number()));
+        let address = SocketAddr::from((self.ip(), self.etcd_port.number()));
         ready(&process, || async {
             tokio::net::TcpStream::connect(address).await?;
             Ok(())

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::background::Background;
+use crate::node::Machine;
 
 /// What a name can be made to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,7 +65,16 @@ pub struct DnsStandIn {
 impl DnsStandIn {
     /// Starts a server with an empty zone on a free port of 127.0.0.1.
     pub fn start() -> Result<Self> {
-        let (udp, tcp) = bind()?;
+        Self::serve(bind()?)
+    }
+
+    /// The same on port 53 of a machine, where its pods look for it.
+    pub fn start_on(machine: &Machine) -> Result<Self> {
+        let address = SocketAddr::from((Machine::ADDRESS, 53));
+        Self::serve(machine.within_network(|| try_bind(address).context("cannot listen"))?)
+    }
+
+    fn serve((udp, tcp): (std::net::UdpSocket, std::net::TcpListener)) -> Result<Self> {
         let address = udp.local_addr()?;
         let state = Arc::new(watch::Sender::new(DnsState::default()));
         let server = Background::spawn("dns-stand-in", serve(udp, tcp, Arc::clone(&state)))?;
@@ -223,14 +233,19 @@ fn parse(name: &str) -> Result<Name> {
 /// One port for both transports: whichever TCP gets may be taken for UDP.
 fn bind() -> Result<(std::net::UdpSocket, std::net::TcpListener)> {
     for _ in 0..100 {
-        let tcp = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen")?;
-        if let Ok(udp) = std::net::UdpSocket::bind(tcp.local_addr()?) {
-            tcp.set_nonblocking(true)?;
-            udp.set_nonblocking(true)?;
-            return Ok((udp, tcp));
+        if let Ok(sockets) = try_bind((Ipv4Addr::LOCALHOST, 0).into()) {
+            return Ok(sockets);
         }
     }
     bail!("no port is free for both UDP and TCP");
+}
+
+fn try_bind(address: SocketAddr) -> Result<(std::net::UdpSocket, std::net::TcpListener)> {
+    let tcp = std::net::TcpListener::bind(address)?;
+    let udp = std::net::UdpSocket::bind(tcp.local_addr()?)?;
+    tcp.set_nonblocking(true)?;
+    udp.set_nonblocking(true)?;
+    Ok((udp, tcp))
 }
 
 async fn serve(udp: std::net::UdpSocket, tcp: std::net::TcpListener, state: Arc<watch::Sender<DnsState>>) {

@@ -1,12 +1,12 @@
-//! What the tests and the demo of ecr-cname run against: a real Kubernetes control plane, and stand-ins
-//! that speak the real protocols of AWS and DNS to the real clients.
+//! What the tests and the demo of ecr-cname run against: a real Kubernetes control plane, with a real node if
+//! pods are to run, and stand-ins that speak the real protocols of AWS and DNS to the real clients.
 //!
 //! Nothing in here mocks the API server. What is stood in for is only what cannot run on a developer's
 //! machine, and every stand-in is proven with the client that production uses.
 //!
 //! # Layout
 //!
-//! - [`binaries`]: kube-apiserver, etcd and kubectl, built once from Go modules
+//! - [`binaries`]: Kubernetes, etcd, Helm and what runs in containers, built once from Go modules
 //! - [`build`]: the operator, compiled
 //! - [`process`]: a child process that cannot outlive us
 //! - [`controlplane`]: etcd and kube-apiserver, started in seconds, stopped and restarted at will
@@ -15,6 +15,11 @@
 //! - [`operator`]: the real operator, started as a user would start it
 //! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
 //! - [`capture`]: AdmissionReviews as the API server sends them, for benchmarks
+//! - [`helm`]: the real Helm
+//! - [`image`]: images for containers, the operator's among them
+//! - [`registry`]: ECR's registry, which takes the tokens of the AWS stand-in
+//! - [`node`]: kubelet, containerd and the rest of Kubernetes, in namespaces of their own
+//! - [`cluster`]: all of it together
 //!
 //! Everything here may be kept in a `static` and shared by tests that each have a runtime of their own:
 //! nothing is bound to the runtime that started it, and nothing stays behind when the process ends.
@@ -23,12 +28,17 @@ pub mod aws;
 pub mod binaries;
 pub mod build;
 pub mod capture;
+pub mod cluster;
 pub mod controlplane;
 pub mod dns;
+pub mod helm;
+pub mod image;
+pub mod node;
 pub mod operator;
 pub mod process;
 pub mod scale;
 pub mod usage;
+pub mod registry;
 
 mod background;
 mod kubeconfig;

@@ -1,5 +1,7 @@
 //! `cargo testbed`: what the tests run on, to be used by hand.
 
+mod up_node;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,7 +27,17 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Start both, and keep them until Ctrl-C.
-    Up,
+    Up {
+        /// With a node, on which pods run: install the chart, and run a Deployment that has a friendly name.
+        #[arg(long)]
+        node: bool,
+        /// Do not wait for Ctrl-C at the end.
+        #[arg(long, requires = "node")]
+        once: bool,
+        /// This binary of the operator, instead of one that is compiled now.
+        #[arg(long, requires = "node", value_name = "PATH")]
+        operator: Option<PathBuf>,
+    },
     /// Build Go programs that have not been built yet, and print where they are.
     Build {
         /// Which; all by default.
@@ -65,7 +77,10 @@ enum Programs {
 #[tokio::main]
 async fn main() -> ExitCode {
     let result = match Args::parse().command {
-        Command::Up => until_interrupted(hold()).await,
+        Command::Up { node: true, once, operator } => {
+            until_interrupted(up_node::up(once, operator.as_deref())).await
+        }
+        Command::Up { .. } => until_interrupted(hold()).await,
         Command::Scale { namespaces, aliases, binary } => {
             until_interrupted(scale::run(binary, &namespaces, aliases)).await
         }
@@ -136,7 +151,7 @@ async fn hold() -> Result<()> {
     std::future::pending().await
 }
 
-/// Both files hold credentials, if only of things that run on this machine.
+/// Credentials, if only of things that run on this machine.
 fn write_private(path: &Path, contents: &str) -> Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;

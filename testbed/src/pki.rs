@@ -1,4 +1,4 @@
-//! Keys and certificates of the API server.
+//! Keys and certificates of servers.
 
 use anyhow::Result;
 use rcgen::{

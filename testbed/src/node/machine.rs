@@ -1,0 +1,254 @@
+//! A machine within the machine: what a node does to its host happens in namespaces.
+//!
+//! Processes, mounts and network are its own, `/etc` and `/var` are overlays, `/run` is empty. So the host keeps
+//! its iptables rules, its `/etc/hosts`, its port 443 and its containerd, and when the first process of the machine
+//! ends the kernel takes everything else away, however it ended: containers, mounts, bridges and rules.
+//!
+//! Cgroups are the host's; what containers leave there is removed.
+
+use std::fs::{self, File, TryLockError};
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::requirements::Requirements;
+use crate::controlplane::SERVICES;
+use crate::process::Process;
+use crate::run_dir::RunDir;
+
+/// The link between host and machine. The range is for benchmarks of networks, so nobody's own network has it.
+const HOST_ADDRESS: &str = "198.18.0.1/30";
+const MACHINE_ADDRESS: &str = "198.18.0.2/30";
+const LINK: &str = "ecr-cname0";
+
+/// Where every checkout looks, whatever its target directory.
+const LOCK: &str = "/run/lock/ecr-cname-testbed-node.lock";
+
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A running machine; dropping it ends it and all that runs in it. There is one at a time on a host.
+pub struct Machine {
+    // Dropped in this order: another may start only when everything is gone.
+    init: Process,
+    cni_plugins: PathBuf,
+    run: RunDir,
+    _lock: File,
+}
+
+impl Machine {
+    /// The address of the machine. The host reaches it, and so do the pods.
+    pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
+
+    /// Waits until no other machine runs on this host, and starts one. Blocks.
+    ///
+    /// # Errors
+    /// The host is not fit for it, or the machine does not start.
+    pub fn start() -> Result<Self> {
+        let Requirements { cni_plugins } = Requirements::check()?;
+        let lock = lock()?;
+        let run = RunDir::create()?;
+
+        let mut unshare = Command::new("unshare");
+        unshare
+            .args([
+                "--mount",
+                "--net",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "--kill-child",
+                "--",
+                "/bin/sh",
+                "-c",
+            ])
+            .arg(include_str!("init.sh"))
+            .arg("init")
+            .arg(run.path())
+            .args([MACHINE_ADDRESS, SERVICES]);
+        let init = Process::spawn("machine", &unshare, &run.path().join("machine.log"))?;
+        let machine = Self { init, cni_plugins, run, _lock: lock };
+        machine.connect()?;
+        machine.wait_ready()?;
+        Ok(machine)
+    }
+
+    /// A program that is yet to be started in here, with the machine's own files, processes and network.
+    pub fn command(&self, program: impl AsRef<Path>) -> Command {
+        let pid = self.init.pid();
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--target={pid}"))
+            .args(["--mount", "--net"])
+            // The first process came to be after `unshare` had changed the namespace of its children.
+            .arg(format!("--pid=/proc/{pid}/ns/pid_for_children"))
+            .arg("--")
+            .arg(program.as_ref());
+        without_proxy(&mut command);
+        command
+    }
+
+    /// A program that is yet to be started with the host's files and processes, and the machine's network.
+    pub fn command_in_network(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", self.network().display())).arg("--").arg(program.as_ref());
+        without_proxy(&mut command);
+        command
+    }
+
+    /// Does something with the machine's network: a socket that is opened there stays there.
+    #[cfg(target_os = "linux")]
+    pub fn within_network<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        use std::os::fd::AsFd as _;
+
+        use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+        let network = File::open(self.network()).context("the machine has no network")?;
+        // Namespaces belong to threads: this one goes in, and never comes back.
+        let inside = || {
+            move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
+                .context("cannot enter the machine's network")?;
+            work()
+        };
+        std::thread::scope(|scope| scope.spawn(inside).join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+
+    /// There are machines on Linux only.
+    #[cfg(not(target_os = "linux"))]
+    pub fn within_network<T: Send>(&self, _work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        bail!("there is no machine")
+    }
+
+    /// Writes a file of the machine's own, in its `/etc` or `/var`.
+    pub fn write(&self, path: &str, contents: &str) -> Result<()> {
+        self.fill(r#"mkdir -p "$(dirname "$1")" && rm -f "$1" && cat >"$1""#, path, contents)
+    }
+
+    /// Adds to a file of the machine's own, in its `/etc` or `/var`.
+    pub fn append(&self, path: &str, contents: &str) -> Result<()> {
+        self.fill(r#"mkdir -p "$(dirname "$1")" && cat >>"$1""#, path, contents)
+    }
+
+    // From within: a link on the way leads to the machine's own files then, and not to the host's.
+    fn fill(&self, script: &str, path: &str, contents: &str) -> Result<()> {
+        let input = self.run.path().join("input");
+        fs::write(&input, contents)?;
+        let mut command = self.command("/bin/sh");
+        command.args(["-c", script, "sh", path]).stdin(File::open(&input)?);
+        self.run(&mut command).with_context(|| format!("cannot write {path} of the machine"))?;
+        Ok(())
+    }
+
+    /// Runs a program in here to its end, and returns what it prints; its complaints are the error.
+    pub fn run(&self, command: &mut Command) -> Result<String> {
+        let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
+        ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr).trim());
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// A directory of the host that is also the machine's, for data and logs. It goes with the machine.
+    pub fn dir(&self) -> &Path {
+        self.run.path()
+    }
+
+    /// Where the CNI plugins are.
+    pub(super) fn cni_plugins(&self) -> &Path {
+        &self.cni_plugins
+    }
+
+    /// Where containerd keeps what it knows of running containers; readable after its end.
+    pub(super) fn containerd_state(&self) -> PathBuf {
+        self.dir().join("containerd-state")
+    }
+
+    fn network(&self) -> PathBuf {
+        format!("/proc/{}/ns/net", self.init.pid()).into()
+    }
+
+    /// Puts one end of a cable into the machine.
+    fn connect(&self) -> Result<()> {
+        let host = fs::read_link("/proc/self/ns/net")?;
+        let deadline = Instant::now() + START_TIMEOUT;
+        // `unshare` starts as a shell with the host's network.
+        while fs::read_link(self.network()).map_or(true, |network| network == host) {
+            self.still_starting(deadline)?;
+        }
+        // The kernel takes some time to clear away the network of a machine that was killed.
+        let _ = Command::new("ip").args(["link", "delete", LINK]).output();
+        let pid = self.init.pid().to_string();
+        for args in [
+            &["link", "add", LINK, "type", "veth", "peer", "name", "eth0", "netns", &pid][..],
+            &["address", "add", HOST_ADDRESS, "dev", LINK],
+            &["link", "set", LINK, "up"],
+        ] {
+            self.run(Command::new("ip").args(args))?;
+        }
+        Ok(())
+    }
+
+    fn wait_ready(&self) -> Result<()> {
+        let deadline = Instant::now() + START_TIMEOUT;
+        while self.init.log()?.trim_end() != "ready" {
+            self.still_starting(deadline)?;
+        }
+        Ok(())
+    }
+
+    fn still_starting(&self, deadline: Instant) -> Result<()> {
+        let ended = self.init.wait(Duration::from_millis(20));
+        if ended.is_some() || Instant::now() > deadline {
+            bail!("the machine for the node did not start:\n{}", self.init.log_tail(20));
+        }
+        Ok(())
+    }
+
+    /// Removes the cgroups of containers, which are empty by now. One that is not empty is not removed.
+    fn remove_cgroups(&self) {
+        let tasks = self.containerd_state().join("io.containerd.runtime.v2.task/k8s.io");
+        let containers: Vec<_> =
+            fs::read_dir(tasks).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect();
+        let cgroups = Path::new("/sys/fs/cgroup");
+        // Version 2 has one hierarchy, version 1 several.
+        let hierarchies = fs::read_dir(cgroups).into_iter().flatten().flatten().map(|entry| entry.path());
+        for hierarchy in hierarchies.chain([cgroups.into()]) {
+            for container in &containers {
+                let _ = fs::remove_dir(hierarchy.join("k8s.io").join(container));
+            }
+            let _ = fs::remove_dir(hierarchy.join("k8s.io"));
+        }
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // The first process ends by itself, and `unshare` after it, when all others are gone.
+        let _ = self.init.terminate();
+        self.init.wait(STOP_TIMEOUT);
+        self.remove_cgroups();
+    }
+}
+
+/// Waits for its turn.
+fn lock() -> Result<File> {
+    let file = File::create(LOCK).with_context(|| format!("cannot create {LOCK}"))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            eprintln!("testbed: another node runs on this machine; waiting for its end ({LOCK})");
+            file.lock()?;
+        }
+        Err(TryLockError::Error(error)) => return Err(error.into()),
+    }
+    Ok(file)
+}
+
+/// A proxy of the developer's leads nowhere near the machine.
+fn without_proxy(command: &mut Command) {
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"] {
+        command.env_remove(name).env_remove(name.to_lowercase());
+    }
+}
