@@ -16,6 +16,7 @@
 //! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
 //! - [`capture`]: AdmissionReviews as the API server sends them, for benchmarks
 //! - [`helm`]: the real Helm
+//! - [`generated`]: the files that are generated and committed
 //! - [`image`]: images for containers, the operator's among them
 //! - [`registry`]: ECR's registry, which takes the tokens of the AWS stand-in
 //! - [`node`]: kubelet, containerd and the rest of Kubernetes, in namespaces of their own
@@ -31,6 +32,7 @@ pub mod capture;
 pub mod cluster;
 pub mod controlplane;
 pub mod dns;
+pub mod generated;
 pub mod helm;
 pub mod image;
 pub mod node;

@@ -14,7 +14,7 @@ use testbed::binaries;
 use testbed::capture::capture;
 use testbed::controlplane::ControlPlane;
 use testbed::operator::{ROLE, SUBJECT};
-use testbed::{scale, testbed_dir, until_interrupted};
+use testbed::{generated, scale, testbed_dir, until_interrupted};
 
 /// A real Kubernetes control plane and a stand-in for AWS, on this machine.
 #[derive(Parser)]
@@ -38,6 +38,8 @@ enum Command {
         #[arg(long, requires = "node", value_name = "PATH")]
         operator: Option<PathBuf>,
     },
+    /// Write the files that are generated: the CRD, `manifests/`, and the tables in the chart's README.
+    Generate,
     /// Build Go programs that have not been built yet, and print where they are.
     Build {
         /// Which; all by default.
@@ -84,6 +86,7 @@ async fn main() -> ExitCode {
         Command::Scale { namespaces, aliases, binary } => {
             until_interrupted(scale::run(binary, &namespaces, aliases)).await
         }
+        Command::Generate => generate().await,
         Command::Build { programs } => build(&programs),
         Command::Capture { dir } => until_interrupted(capture(&dir)).await,
     };
@@ -94,6 +97,13 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+async fn generate() -> Result<()> {
+    for (path, contents) in generated::files().await? {
+        fs::write(&path, contents).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 fn build(programs: &[Programs]) -> Result<()> {
