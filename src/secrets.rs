@@ -68,7 +68,7 @@ pub type Summary = BTreeMap<String, Synced>;
 /// How far the pull secrets of one alias have come.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Synced {
-    /// What was looked for: [`Alias::serves`].
+    /// What was looked for: [`Alias::serves`](crate::alias::Alias::serves).
     pub serves: String,
     /// How many namespaces the alias selects.
     pub selected: i32,
