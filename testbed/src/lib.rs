@@ -38,9 +38,9 @@ pub mod image;
 pub mod node;
 pub mod operator;
 pub mod process;
+pub mod registry;
 pub mod scale;
 pub mod usage;
-pub mod registry;
 
 mod background;
 mod kubeconfig;
