@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener},
+    net::TcpListener,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -17,7 +17,15 @@ use axum::{
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics;
+use crate::{
+    metrics,
+    server::{self, Limits, ServerMetrics},
+};
+
+/// Probes and Prometheus are few, and send nothing.
+const LIMITS: Limits =
+    Limits { connections: 64, memory: 4 * 1024 * 1024, body: 1024, time: Duration::from_secs(2) };
+const DRAIN: Duration = Duration::from_secs(1);
 
 /// Whether the process is ready: every watch has synced, a certificate is loaded, and no shutdown has begun.
 #[derive(Clone, Debug, Default)]
@@ -82,17 +90,7 @@ pub async fn serve(
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(readyz).with_state(readiness))
         .route("/metrics", get(metrics).with_state(registry));
-    let handle = axum_server::Handle::<SocketAddr>::new();
-    let server = axum_server::from_tcp(listener)?.handle(handle.clone()).serve(router.into_make_service());
-    let stop = async {
-        shutdown.cancelled().await;
-        handle.graceful_shutdown(Some(Duration::from_secs(1)));
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        result = server => result,
-        () = stop => Ok(()),
-    }
+    server::serve(listener, None, router, LIMITS, ServerMetrics::default(), shutdown, DRAIN).await
 }
 
 async fn readyz(State(readiness): State<Readiness>) -> Response {

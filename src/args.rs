@@ -134,6 +134,20 @@ pub struct WebhookArgs {
     #[arg(long, env = "ECR_CNAME_LISTEN", default_value = "0.0.0.0:8443", value_name = "ADDRESS")]
     pub listen: SocketAddr,
 
+    /// A file with certificate authorities (PEM): only clients with a certificate of theirs may call. Followed as it changes
+    #[arg(long, env = "ECR_CNAME_CLIENT_CA", value_name = "FILE")]
+    pub client_ca: Option<PathBuf>,
+
+    /// The names of which such a certificate must have one, as common name or DNS name; default: any
+    #[arg(
+        long,
+        env = "ECR_CNAME_CLIENT_NAMES",
+        value_delimiter = ',',
+        value_name = "NAMES",
+        requires = "client_ca"
+    )]
+    pub client_names: Vec<String>,
+
     /// Only count, log and warn; rewrite nothing
     #[arg(long, env = "ECR_CNAME_AUDIT")]
     pub audit: bool,
@@ -142,9 +156,13 @@ pub struct WebhookArgs {
     #[arg(long, env = "ECR_CNAME_MAX_BODY", default_value_t = 8 * 1024 * 1024, value_name = "BYTES")]
     pub max_body: usize,
 
-    /// The most requests at one time; further ones wait
-    #[arg(long, env = "ECR_CNAME_MAX_CONCURRENCY", default_value_t = 64, value_name = "N")]
-    pub max_concurrency: usize,
+    /// The most bytes that all requests together hold; beyond that, those go that wait for their clients
+    #[arg(long, env = "ECR_CNAME_MAX_MEMORY", default_value_t = 32 * 1024 * 1024, value_name = "BYTES")]
+    pub max_memory: usize,
+
+    /// The most connections at one time; beyond that, those go that were never answered, of the address that has most
+    #[arg(long, env = "ECR_CNAME_MAX_CONNECTIONS", default_value_t = 512, value_name = "N")]
+    pub max_connections: usize,
 
     /// The most time for one request to arrive; less than the API server waits (--webhook-timeout)
     #[arg(long, env = "ECR_CNAME_REQUEST_TIMEOUT", default_value = "2s", value_name = "TIME", value_parser = interval)]

@@ -12,6 +12,7 @@ use kube::{
 };
 use prometheus_client::registry::Registry;
 use tokio::{
+    net::TcpSocket,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
     task::JoinSet,
@@ -22,6 +23,7 @@ use tracing::{info, warn};
 use crate::{
     admin::{self, Readiness},
     args::{CertificateMode, ControllerArgs, Process, WebhookArgs},
+    client_auth::ClientAuth,
     dns::{self, Dns},
     ecr::Ecr,
     issuer, lease,
@@ -29,12 +31,13 @@ use crate::{
     metrics, registration,
     scope::Scope,
     secrets,
+    server::Limits,
     serving_cert::ServingCert,
     status,
     table::AliasTable,
     tokens::{self, TokenMetrics},
     watch::{Aliases, READ_TIMEOUT, bounded, follow_aliases, follow_one},
-    webhook::{self, Limits, Webhook},
+    webhook::{self, Webhook},
 };
 
 /// The tasks of the process. One that ends before its time ends the process.
@@ -154,12 +157,29 @@ impl Parts {
             audit: args.audit,
             failure_policy: self.process.failure_policy,
         };
-        let limits =
-            Limits { body: args.max_body, concurrency: args.max_concurrency, time: args.request_timeout };
+        let limits = Limits {
+            connections: args.max_connections,
+            // Room for the largest, whatever else is under way.
+            memory: args.max_memory.max(args.max_body * 2),
+            body: args.max_body,
+            time: args.request_timeout,
+        };
         let (table, aliases) = (self.table.clone(), self.aliases.clone());
         let webhook = Webhook::new(table, aliases, settings, limits, &mut self.registry);
         let listener = listen(args.listen, "the webhook (--listen)")?;
-        let tls = serving.server_config().context("TLS cannot be set up")?;
+        let (clients, pem, verifier) = match args.client_ca {
+            Some(ca) => {
+                let clients = ClientAuth { ca, names: args.client_names };
+                let loaded = clients.load().context("clients cannot be authenticated (--client-ca)")?;
+                (Some(clients), loaded.0, Some(loaded.1))
+            }
+            None => (None, Vec::new(), None),
+        };
+        let config = serving.clone().server_config(verifier).context("TLS cannot be set up")?;
+        let (tls_send, tls) = watch::channel(Arc::new(config));
+        if let Some(clients) = clients {
+            self.tasks.spawn_until_shutdown("client CA", clients.follow(pem, serving, tls_send));
+        }
         let serve = webhook::serve(listener, tls, webhook, self.tasks.shutdown.clone(), self.process.drain);
         self.tasks.try_spawn("webhook server", async { serve.await.context("the webhook server failed") });
         Ok(())
@@ -439,9 +459,14 @@ pub(crate) async fn client() -> anyhow::Result<Client> {
 }
 
 fn listen(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {
-    let listener =
-        TcpListener::bind(address).with_context(|| format!("cannot listen on {address} for {what}"))?;
-    listener.set_nonblocking(true)?;
+    let open = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        // Far more than the usual 128, so that a burst of strangers does not make the API server wait to be accepted.
+        socket.listen(4096)?.into_std()
+    };
+    let listener = open().with_context(|| format!("cannot listen on {address} for {what}"))?;
     info!(address = %listener.local_addr()?, "listening for {what}");
     Ok(listener)
 }

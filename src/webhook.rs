@@ -4,7 +4,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, TcpListener},
+    net::TcpListener,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -12,14 +12,12 @@ use std::{
 use arc_swap::ArcSwap;
 use axum::{
     Router,
-    body::Body,
-    extract::{Path, State},
+    body::Bytes,
+    extract::{DefaultBodyLimit, Path, State},
     http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::post,
 };
-use axum_server::tls_rustls::RustlsConfig;
-use hyper_util::rt::TokioTimer;
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
     metrics::{
@@ -38,6 +36,7 @@ use crate::{
     matching::FailurePolicy,
     mutate::{Mutation, Verdict, mutate},
     review::{self, BadReview, Operation, Request},
+    server::{self, Limits, ServerMetrics},
     table::AliasTable,
     watch::Aliases,
 };
@@ -53,17 +52,6 @@ pub struct Settings {
     pub failure_policy: FailurePolicy,
 }
 
-/// What a client may take of the webhook.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// The most bytes of one body.
-    pub body: usize,
-    /// The most requests at one time; further ones wait.
-    pub concurrency: usize,
-    /// The most time for one request, its body included.
-    pub time: Duration,
-}
-
 /// The webhook.
 #[derive(Debug)]
 pub struct Webhook {
@@ -72,9 +60,10 @@ pub struct Webhook {
     updates: watch::Receiver<Arc<Aliases>>,
     settings: Settings,
     limits: Limits,
-    permits: Semaphore,
+    /// The bytes that requests may hold that wait for an alias.
     waiting: Semaphore,
     metrics: Metrics,
+    server_metrics: ServerMetrics,
 }
 
 /// How long a pod waits at the most that came ahead of the alias that it names.
@@ -97,20 +86,26 @@ impl Webhook {
         limits: Limits,
         registry: &mut Registry,
     ) -> Arc<Self> {
+        let metrics = Metrics::new(registry);
+        let rejected = metrics.admissions[Outcome::Rejected as usize].clone();
         Arc::new(Self {
             table,
             updates,
             settings,
-            permits: Semaphore::new(limits.concurrency),
-            waiting: Semaphore::new((limits.concurrency / 4).max(1)),
+            waiting: Semaphore::new(limits.memory / 4),
             limits,
-            metrics: Metrics::new(registry),
+            metrics,
+            server_metrics: ServerMetrics::new(registry, rejected),
         })
     }
 
     /// The routes: `POST /mutate/GROUP/DIGEST`, as [`crate::matching`] registers them.
     pub fn router(self: Arc<Self>) -> Router {
-        Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state(self)
+        Router::new()
+            .route("/mutate/{group}/{digest}", post(admit))
+            // The server bounds bodies.
+            .layer(DefaultBodyLimit::disable())
+            .with_state(self)
     }
 
     /// Answers one request that came for a group of aliases, from a webhook entry with that digest.
@@ -130,13 +125,14 @@ impl Webhook {
     }
 
     /// Waits, for a moment, until this replica knows the alias that a new pod names: the API server learns of an alias by a
-    /// watch of its own, which may be the faster one.
-    async fn catch_up(&self, group: &str, digest: &str, request: &Request<'_>, patience: Duration) {
+    /// watch of its own, which may be the faster one. `bytes` is the size of the body, which is held meanwhile.
+    async fn catch_up(&self, group: &str, digest: &str, request: &Request<'_>, bytes: usize) {
         if !self.is_behind(group, digest, request) {
             return;
         }
         // Those that wait must leave room for those that need not.
-        let Ok(_waiting) = self.waiting.try_acquire() else { return };
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let Ok(_waiting) = self.waiting.try_acquire_many(bytes) else { return };
         let mut updates = self.updates.clone();
         let catching_up = async {
             loop {
@@ -147,7 +143,7 @@ impl Webhook {
             }
         };
         // Without success, the answer says so.
-        let _ = tokio::time::timeout(patience, catching_up).await;
+        let _ = tokio::time::timeout(CATCH_UP.min(self.limits.time), catching_up).await;
     }
 
     /// Whether the API server knows an alias that this replica does not, and this very pod names it.
@@ -209,83 +205,40 @@ impl Webhook {
     }
 }
 
-/// Serves the webhook until `shutdown`, then lets requests under way finish for at most `drain`.
+/// Serves the webhook until `shutdown`, then lets requests under way finish for at most `drain`. Each handshake is made with
+/// what `tls` holds at the time.
 ///
 /// # Errors
 /// The listener failed.
 pub async fn serve(
     listener: TcpListener,
-    tls: ServerConfig,
+    tls: watch::Receiver<Arc<ServerConfig>>,
     webhook: Arc<Webhook>,
     shutdown: CancellationToken,
     drain: Duration,
 ) -> io::Result<()> {
-    let handle = axum_server::Handle::<SocketAddr>::new();
-    let time = webhook.limits.time;
-    let mut server = axum_server::from_tcp_rustls(listener, RustlsConfig::from_config(Arc::new(tls)))?
-        .handle(handle.clone());
-    server.http_builder().http1().timer(TokioTimer::new()).header_read_timeout(time);
-    server
-        .http_builder()
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(250)
-        .keep_alive_interval(Duration::from_secs(30));
-    let stop = async {
-        shutdown.cancelled().await;
-        handle.graceful_shutdown(Some(drain));
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        result = server.serve(webhook.router().into_make_service()) => result,
-        () = stop => Ok(()),
-    }
+    let (limits, metrics) = (webhook.limits, webhook.server_metrics.clone());
+    server::serve(listener, Some(tls), webhook.router(), limits, metrics, shutdown, drain).await
 }
 
 async fn admit(
     State(webhook): State<Arc<Webhook>>,
     Path((group, digest)): Path<(String, String)>,
     headers: HeaderMap,
-    body: Body,
+    body: Bytes,
 ) -> Response {
-    let started = Instant::now();
-    // The permit bounds what bodies take of memory, so it is held until the answer is made.
-    let body = tokio::time::timeout(webhook.limits.time, async {
-        if !is_json(headers.get(CONTENT_TYPE)) {
-            return Err((
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                "expected Content-Type: application/json".to_owned(),
-            ));
+    let answer = if is_json(headers.get(CONTENT_TYPE)) {
+        let arrived = Instant::now();
+        let request = review::parse(&body);
+        if let Ok(request) = &request {
+            webhook.catch_up(&group, &digest, request, body.len()).await;
         }
-        let busy = |_| (StatusCode::SERVICE_UNAVAILABLE, "shutting down".to_owned());
-        let permit = webhook.permits.acquire().await.map_err(busy)?;
-        let limit = webhook.limits.body;
-        let body = axum::body::to_bytes(body, limit).await.map_err(|e| {
-            (StatusCode::PAYLOAD_TOO_LARGE, format!("cannot read a body of at most {limit} bytes: {e}"))
-        })?;
-        Ok((body, permit))
-    })
-    .await;
-    let slow = |_| {
-        let text = format!("the request did not arrive within {:?}", webhook.limits.time);
-        Err((StatusCode::REQUEST_TIMEOUT, text))
-    };
-    let answer = match body.unwrap_or_else(slow) {
-        Ok((body, _permit)) => {
-            let arrived = Instant::now();
-            let request = review::parse(&body);
-            if let Ok(request) = &request {
-                let patience = CATCH_UP.min(webhook.limits.time.saturating_sub(arrived - started));
-                webhook.catch_up(&group, &digest, request, patience).await;
-            }
-            let answer = webhook.answer(&group, &digest, request);
-            webhook.metrics.latency.observe(arrived.elapsed().as_secs_f64());
-            answer
-        }
-        Err(rejected) => {
-            webhook.metrics.count(Outcome::Rejected);
-            Err(rejected)
-        }
+        let answer = webhook.answer(&group, &digest, request);
+        webhook.metrics.latency.observe(arrived.elapsed().as_secs_f64());
+        answer
+    } else {
+        webhook.metrics.count(Outcome::Rejected);
+        Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json".to_owned()))
     };
     match answer {
         Ok(json) => ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response(),

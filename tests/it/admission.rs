@@ -11,8 +11,9 @@ use ecr_cname::{
     matching::FailurePolicy,
     metrics,
     review::parse,
+    server::Limits,
     table::AliasTable,
-    webhook::{Limits, Settings, Webhook},
+    webhook::{Settings, Webhook},
 };
 use proptest::prelude::*;
 use serde::Deserialize;
@@ -67,7 +68,7 @@ fn table() -> AliasTable {
 
 fn webhook(audit: bool, failure_policy: FailurePolicy) -> Arc<Webhook> {
     let settings = Settings { pull_secret: "ecr-cname".to_owned(), audit, failure_policy };
-    let limits = Limits { body: 1 << 20, concurrency: 4, time: Duration::from_secs(5) };
+    let limits = Limits { connections: 4, memory: 4 << 20, body: 1 << 20, time: Duration::from_secs(5) };
     let table = Arc::new(ArcSwap::from_pointee(table()));
     let (_, updates) = tokio::sync::watch::channel(Arc::default());
     Webhook::new(table, updates, settings, limits, &mut metrics::registry())

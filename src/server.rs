@@ -1,0 +1,319 @@
+//! An HTTP server for a port that anyone may reach.
+//!
+//! What clients may take is bounded: the number of their connections, the memory of all their requests together, and the
+//! time for a handshake, for a request to arrive, and for nothing at all. What is over a bound is paid for by those who take
+//! most and give least; [`ledger`] decides who that is.
+
+mod ledger;
+
+use std::{
+    convert::Infallible,
+    io,
+    net::TcpListener,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::{Body, Bytes},
+    http::{Request, Response, StatusCode},
+    response::IntoResponse as _,
+};
+use http_body::{Body as _, Frame, SizeHint};
+use http_body_util::BodyExt as _;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+    server::conn::auto,
+};
+use rustls::ServerConfig;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    sync::watch,
+    task::JoinSet,
+    time::timeout,
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tower_service::Service as _;
+use tracing::{debug, error, warn};
+
+pub use ledger::ServerMetrics;
+use ledger::{Charge, Ledger, Seat};
+
+/// What the clients of one port may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The most connections at one time; one more closes the least deserving.
+    pub connections: usize,
+    /// The most bytes that all requests together hold, from their headers to the last byte of their answers; one more closes
+    /// the connection of the oldest that waits for its client.
+    pub memory: usize,
+    /// The most bytes of one body.
+    pub body: usize,
+    /// The most time for a handshake, for the headers of a request, and for its body.
+    pub time: Duration,
+}
+
+/// How often it is looked for connections that have outstayed.
+const SWEEP: Duration = Duration::from_millis(500);
+/// The most bytes of one answer. The largest honest one, for a pod of 1,500 containers, is a third of this.
+const MAX_ANSWER: usize = 1024 * 1024;
+/// The most bytes of the headers of one request.
+const MAX_HEADERS: u32 = 8 * 1024;
+/// The most bytes that are read of a connection before anyone asked for them.
+const WINDOW: u32 = 256 * 1024;
+/// The most requests of one connection at one time. The API server opens another connection for more.
+const STREAMS: u32 = 64;
+/// After how long without a word a connection of HTTP/2 is asked whether it lives.
+const PING: Duration = Duration::from_secs(30);
+/// How long the client of an idle connection may take to agree to its end.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Serves `router` until `shutdown`, then lets requests under way finish for at most `drain`. With `tls`, each handshake is
+/// made with what it holds at the time. A body is read as a whole before the router is called.
+///
+/// # Errors
+/// The listener failed.
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<watch::Receiver<Arc<ServerConfig>>>,
+    router: Router,
+    limits: Limits,
+    metrics: ServerMetrics,
+    shutdown: CancellationToken,
+    drain: Duration,
+) -> io::Result<()> {
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let port = Arc::new(Port { builder: builder(limits.time), router, limits, shutdown, drain });
+    let ledger = Ledger::new(limits, metrics);
+    let mut connections = JoinSet::new();
+    let mut sweep = tokio::time::interval(SWEEP);
+    loop {
+        tokio::select! {
+            () = port.shutdown.cancelled() => break,
+            _ = sweep.tick() => ledger.sweep(),
+            Some(ended) = connections.join_next() => if let Err(panic) = ended {
+                error!(%panic, "a connection ended in a panic");
+            },
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => if let Some(seat) = ledger.enter(peer.ip()) {
+                    let tls = tls.as_ref().map(|tls| TlsAcceptor::from(tls.borrow().clone()));
+                    connections.spawn(port.clone().welcome(stream, tls, seat));
+                },
+                Err(error) if is_the_clients(&error) => {}
+                // No file descriptor is left, say.
+                Err(error) => {
+                    warn!(%error, "cannot accept a connection");
+                    ledger.make_room();
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    let drained = async { while connections.join_next().await.is_some() {} };
+    let _ = timeout(drain, drained).await;
+    Ok(())
+}
+
+/// Whether a connection failed before it was accepted.
+fn is_the_clients(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
+}
+
+fn builder(time: Duration) -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        // It runs from the end of the last answer, so that it is also the most time between two requests.
+        .header_read_timeout(time)
+        .max_buf_size(64 * 1024);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(time)
+        .max_concurrent_streams(STREAMS)
+        .max_header_list_size(MAX_HEADERS)
+        .max_send_buf_size(64 * 1024)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        // Requests that are taken back, by the client or for its mistakes (rapid reset: CVE-2023-44487).
+        .max_pending_accept_reset_streams(STREAMS as usize)
+        .max_local_error_reset_streams(STREAMS as usize);
+    builder
+}
+
+struct Port {
+    builder: auto::Builder<TokioExecutor>,
+    router: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+    drain: Duration,
+}
+
+impl Port {
+    async fn welcome(self: Arc<Self>, stream: TcpStream, tls: Option<TlsAcceptor>, seat: Seat) {
+        // An answer is small, and nothing follows that it could be sent with.
+        let _ = stream.set_nodelay(true);
+        let Some(tls) = tls else { return self.converse(stream, seat).await };
+        let closed = seat.clone();
+        let shaken = tokio::select! {
+            () = closed.closed() => return,
+            shaken = timeout(self.limits.time, tls.accept(stream)) => shaken,
+        };
+        match shaken {
+            Ok(Ok(stream)) => self.converse(stream, seat).await,
+            Ok(Err(error)) => {
+                seat.failed_handshake();
+                debug!(%error, "a TLS handshake failed");
+            }
+            Err(_) => {
+                seat.failed_handshake();
+                debug!("a TLS handshake took too long");
+            }
+        }
+    }
+
+    async fn converse<I>(self: Arc<Self>, io: I, seat: Seat)
+    where
+        I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let (port, requests) = (self.clone(), seat.clone());
+        let service = service_fn(move |request| {
+            let charge = requests.request();
+            port.clone().respond(request, charge)
+        });
+        let mut connection = std::pin::pin!(self.builder.serve_connection(TokioIo::new(io), service));
+        let patience = tokio::select! {
+            ended = connection.as_mut() => {
+                if let Err(error) = ended {
+                    debug!(error, "a connection failed");
+                }
+                return;
+            }
+            // The API server may just be about to use an idle connection: it is told first.
+            () = seat.closed() => if seat.is_idle() { FAREWELL } else { return },
+            () = self.shutdown.cancelled() => self.drain,
+        };
+        connection.as_mut().graceful_shutdown();
+        let _ = timeout(patience, connection).await;
+    }
+
+    async fn respond(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        mut charge: Charge,
+    ) -> Result<Response<Held>, Infallible> {
+        let (parts, body) = request.into_parts();
+        let read = timeout(self.limits.time, read(body, &mut charge, self.limits.body)).await;
+        let response = match read.unwrap_or(Err(Rejection::Slow(self.limits.time))) {
+            Ok(body) => {
+                charge.settle();
+                let answered = self.router.clone().call(Request::from_parts(parts, Body::from(body))).await;
+                answered.unwrap_or_else(|never| match never {})
+            }
+            Err(rejection) => {
+                charge.reject();
+                rejection.into_response()
+            }
+        };
+        let size = usize::try_from(response.body().size_hint().lower()).unwrap_or(usize::MAX);
+        let response = if size > MAX_ANSWER {
+            let text = format!("the answer would have {size} bytes; at most {MAX_ANSWER} are sent\n");
+            (StatusCode::PAYLOAD_TOO_LARGE, text).into_response()
+        } else {
+            response
+        };
+        charge.answer(size.min(MAX_ANSWER), response.status().is_success());
+        Ok(response.map(|body| Held { body, _charge: charge }))
+    }
+}
+
+/// Why a request was not read.
+#[derive(Debug, thiserror::Error)]
+enum Rejection {
+    #[error("cannot read a body of at most {0} bytes: it is longer")]
+    Large(usize),
+    #[error("the request did not arrive within {0:?}")]
+    Slow(Duration),
+    #[error("the body broke off: {0}")]
+    Broken(hyper::Error),
+    #[error("too many requests are under way")]
+    Busy,
+}
+
+impl Rejection {
+    fn into_response(self) -> Response<Body> {
+        let status = match self {
+            Self::Large(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Slow(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::Broken(_) => StatusCode::BAD_REQUEST,
+            Self::Busy => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        (status, format!("{self}\n")).into_response()
+    }
+}
+
+/// Reads a whole body. Its bytes count as they come, not as they are announced.
+async fn read(mut body: Incoming, charge: &mut Charge, limit: usize) -> Result<Bytes, Rejection> {
+    let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
+    if announced > limit {
+        return Err(Rejection::Large(limit));
+    }
+    let mut whole: Vec<u8> = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(Rejection::Broken)?.into_data() else { continue };
+        if whole.is_empty() && body.is_end_stream() && data.len() <= limit {
+            charge.hold(data.len()).ok_or(Rejection::Busy)?;
+            return Ok(data);
+        }
+        let length = whole.len() + data.len();
+        if length > limit {
+            return Err(Rejection::Large(limit));
+        }
+        // Copied, because a piece keeps the whole buffer alive that it was read into.
+        if length > whole.capacity() {
+            let capacity = (whole.capacity() * 2).min(announced.max(length)).max(length);
+            charge.hold(capacity).ok_or(Rejection::Busy)?;
+            whole.reserve_exact(capacity - whole.len());
+        }
+        whole.extend_from_slice(&data);
+    }
+    Ok(whole.into())
+}
+
+/// The body of an answer, and what its request is charged for until the client has taken it.
+struct Held {
+    body: Body,
+    _charge: Charge,
+}
+
+impl http_body::Body for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    // Never at its end before it says so itself: it is asked for more when the client has room for more, and so has taken
+    // what there was. Were it at its end with the last piece, it would be dropped while that waits for the client.
+    fn is_end_stream(&self) -> bool {
+        false
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
