@@ -77,7 +77,7 @@ pub struct ControlPlane {
     ca_pem: String,
     config: kube::Config,
     kubeconfig: PathBuf,
-    flags: Vec<String>,
+    flags: Mutex<Vec<String>>,
     run: RunDir,
 }
 
@@ -153,7 +153,7 @@ impl ControlPlane {
             binaries,
             apiserver_port,
             etcd_port,
-            flags: flags.to_vec(),
+            flags: Mutex::new(flags.to_vec()),
             run,
         };
         control_plane.start_etcd().await?;
@@ -335,6 +335,11 @@ impl ControlPlane {
         kill(&self.apiserver).await
     }
 
+    /// Other further flags of the API server, from its next start on.
+    pub fn set_flags(&self, flags: impl IntoIterator<Item = String>) {
+        *lock(&self.flags) = flags.into_iter().collect();
+    }
+
     /// Starts the API server again, on the same port, and waits until it is ready.
     pub async fn start_apiserver(&self) -> Result<()> {
         self.launch(&self.apiserver, "kube-apiserver", &self.apiserver_command())?;
@@ -417,7 +422,7 @@ impl ControlPlane {
             .arg(file("service-account.key"))
             .arg("--allow-privileged=true")
             .arg(format!("--service-cluster-ip-range={SERVICES}"))
-            .args(&self.flags);
+            .args(lock(&self.flags).iter());
         command
     }
 
@@ -502,7 +507,7 @@ async fn kill(slot: &Mutex<Option<Arc<Process>>>) -> Result<()> {
     .await?
 }
 
-fn lock(slot: &Mutex<Option<Arc<Process>>>) -> MutexGuard<'_, Option<Arc<Process>>> {
+fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
     slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

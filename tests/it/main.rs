@@ -4,7 +4,9 @@
 
 mod admission;
 mod aliases;
+mod client_auth;
 mod cluster;
+mod dns;
 mod faults;
 mod generated;
 mod offline;

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use rustls::{
     ClientConfig, ProtocolVersion, RootCertStore, SupportedProtocolVersion,
-    pki_types::{CertificateDer, ServerName, pem::PemObject},
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject},
     version::{TLS12, TLS13},
 };
 use serde_json::json;
@@ -27,6 +27,16 @@ async fn connector(
     versions: &[&'static SupportedProtocolVersion],
     alpn: &[&str],
 ) -> TlsConnector {
+    connector_as(cluster, versions, alpn, None).await
+}
+
+/// The same with a certificate and a key of the client's own, in PEM.
+pub async fn connector_as(
+    cluster: &Cluster,
+    versions: &[&'static SupportedProtocolVersion],
+    alpn: &[&str],
+    identity: Option<&(String, String)>,
+) -> TlsConnector {
     let secrets: Api<Secret> = Api::namespaced(cluster.client(), NAMESPACE);
     let data = secrets.get("ecr-cname-tls").await.unwrap().data.unwrap();
     let mut roots = RootCertStore::empty();
@@ -35,7 +45,15 @@ async fn connector(
     }
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_protocol_versions(versions).unwrap();
-    let mut config = builder.with_root_certificates(roots).with_no_client_auth();
+    let builder = builder.with_root_certificates(roots);
+    let mut config = match identity {
+        Some((certificate, key)) => {
+            let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
+            let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+            builder.with_client_auth_cert(chain, key).unwrap()
+        }
+        None => builder.with_no_client_auth(),
+    };
     config.alpn_protocols = alpn.iter().map(|p| p.as_bytes().to_vec()).collect();
     TlsConnector::from(Arc::new(config))
 }
