@@ -295,6 +295,8 @@ fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) 
         Some(code) => format!("{code}: {}", message.unwrap_or_else(|| "no message".to_owned())),
         None => chain(error),
     };
+    // Whoever answers for AWS may have much to say.
+    let said: String = said.chars().take(1000).collect();
     TokenError { reason, problem: format!("no token for {principal}: {advice} ({said})") }
 }
 
@@ -324,4 +326,99 @@ fn find<'e, E: std::error::Error + 'static>(error: &'e (dyn std::error::Error + 
 
 fn unreachable_advice(region: &str) -> String {
     format!("AWS cannot be reached; check the route, proxy or VPC endpoint to ECR and STS in {region}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aws_credential_types::Credentials;
+    use aws_sdk_ecr::config::SharedCredentialsProvider;
+    use proptest::prelude::*;
+    use std::{
+        io::{Read as _, Write as _},
+        net::TcpListener,
+    };
+
+    #[test]
+    fn debug_shows_no_token() {
+        let token = Token {
+            auth: "QVdTOnNlY3JldA==".to_owned().into(),
+            expires_at: Timestamp::UNIX_EPOCH,
+            lifetime: SignedDuration::from_hours(12),
+        };
+        let debug = format!("{token:?}");
+        assert!(!debug.contains("QVdT") && debug.contains("1970"), "{debug}");
+    }
+
+    /// An ECR that gives one answer to whoever asks.
+    fn answering(status: u16, body: Vec<u8>) -> Ecr {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut question = [0; 16 * 1024];
+            let _ = stream.read(&mut question);
+            let head = format!(
+                "HTTP/1.1 {status} X\r\nContent-Type: application/x-amz-json-1.1\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                body.len()
+            );
+            let _ = stream.write_all(head.as_bytes());
+            let _ = stream.write_all(&body);
+            // Closing with something unread would take the answer back.
+            let _ = stream.read(&mut question);
+        });
+        let keys = Credentials::new("AKIA", "secret", None, None, "test");
+        let base = SdkConfig::builder()
+            .behavior_version(BehaviorVersion::latest())
+            .endpoint_url(url)
+            .credentials_provider(SharedCredentialsProvider::new(keys))
+            .http_client(Builder::new().build_http())
+            .retry_config(RetryConfig::disabled())
+            .build();
+        Ecr { base, clients: Mutex::default() }
+    }
+    fn principal() -> Principal {
+        let host: crate::registry::EcrHost = "123456789012.dkr.ecr.us-east-1.amazonaws.com".parse().unwrap();
+        Principal { identity: Identity::Operator, region: host.region().clone() }
+    }
+
+    fn ask(status: u16, body: Vec<u8>) -> Result<Token, TokenError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(answering(status, body).token(&principal()))
+    }
+
+    proptest! {
+        /// Whatever answers for AWS: a token that can be used, or an error that is short and does not hold it.
+        #[test]
+        fn any_answer_is_a_usable_token_or_a_short_error(
+            status in prop_oneof![Just(200u16), Just(400), Just(403), Just(500), Just(503), 200u16..600],
+            token in prop_oneof![
+                Just("QVdTOnNlY3JldA==".to_owned()), "[A-Za-z0-9+/=]{0,24}", "\\PC{0,20}", Just("QVdTOg==".to_owned()),
+            ],
+            expires in prop_oneof![Just("4102444800".to_owned()), "-?[0-9]{1,12}(\\.[0-9]{1,3})?", "[0-9]{1,30}", Just("1e300".to_owned()), Just("null".to_owned()), Just("\"x\"".to_owned())],
+            kind in "(AccessDeniedException|ThrottlingException|[A-Za-z]{0,12}|#|x#y:z)",
+            message in prop_oneof![4 => "\\PC{0,40}", 1 => "a{5000,9000}"],
+            form in 0..6,
+        ) {
+            let text = serde_json::to_string(&token).unwrap();
+            let body = match form {
+                0 | 1 => format!(r#"{{"authorizationData":[{{"authorizationToken":{text},"expiresAt":{expires}}}]}}"#),
+                2 => serde_json::json!({"__type": kind, "message": message}).to_string(),
+                3 => format!(r#"{{"authorizationData":[{{"authorizationToken":{text}"#),
+                4 => format!(r#"{{"authorizationData":{text}}}"#),
+                _ => message.clone(),
+            };
+            match ask(status, body.into_bytes()) {
+                Ok(answer) => {
+                    prop_assert!((200..300).contains(&status) && form < 2);
+                    prop_assert!(dockerconfig::check_auth(&token).is_ok());
+                    prop_assert!(answer.expires_at > Timestamp::now() && answer.lifetime > SignedDuration::ZERO);
+                }
+                Err(error) => {
+                    prop_assert!(error.problem.len() < 4096, "{} bytes", error.problem.len());
+                    prop_assert!(!error.problem.contains("QVdTOnNlY3JldA"), "{}", error.problem);
+                }
+            }
+        }
+    }
 }

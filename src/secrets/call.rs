@@ -8,7 +8,10 @@ use kube::{
     api::{DeleteParams, ObjectMeta, Patch, PatchParams, PostParams, Preconditions},
     core::PartialObjectMeta,
 };
-use secrecy::{SecretString, zeroize::Zeroizing};
+use secrecy::{
+    SecretString,
+    zeroize::{Zeroize as _, Zeroizing},
+};
 
 use crate::{
     alias::Identity,
@@ -111,19 +114,22 @@ async fn write(
     if config.len() > dockerconfig::MAX_BYTES {
         return Err(CallError::TooLarge { registries: contents.len(), bytes: config.len() });
     }
-    let secret = render(name, old.as_ref(), &contents, &config);
+    let mut secret = render(name, old.as_ref(), &contents, &config);
     let written = match old {
         // With UID and resourceVersion, a Secret that someone else put in its place, or took over, is a conflict.
         Some(_) => {
             let params = PatchParams::apply(FIELD_MANAGER).force();
-            bounded(api.patch(name, &params, &Patch::Apply(&secret))).await?
+            bounded(api.patch(name, &params, &Patch::Apply(&secret))).await
         }
         None => {
             let params =
                 PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
-            bounded(api.create(&params, &secret)).await?
+            bounded(api.create(&params, &secret)).await
         }
     };
+    wipe(&mut secret);
+    let mut written = written?;
+    wipe(&mut written);
     let stored =
         Observed::of(&PartialObjectMeta { metadata: written.metadata, ..PartialObjectMeta::default() });
     // Otherwise it would look like drift, and be written again at once, for ever.
@@ -132,6 +138,11 @@ async fn write(
     } else {
         Err(CallError::Altered)
     }
+}
+
+/// Overwrites the data of a Secret, which would otherwise stay in memory that is given back.
+fn wipe(secret: &mut Secret) {
+    secret.data.iter_mut().flat_map(BTreeMap::values_mut).for_each(|bytes| bytes.0.zeroize());
 }
 
 fn render(name: &str, old: Option<&Observed>, contents: &Contents, config: &str) -> Secret {

@@ -11,7 +11,7 @@ use kube::{
 use serde_json::json;
 use testbed::{
     aws::{Fault, Operation, Scope, TOKEN_PREFIX},
-    operator::Start,
+    operator::{NAMESPACE, ROLE, Start},
 };
 
 use crate::cluster::{Cluster, LIMIT, REGISTRY, images, pull_secrets, tokens, unique};
@@ -276,9 +276,25 @@ async fn no_token_or_key_leaks() {
     let operator = cluster.operator(start).await;
     let namespace = cluster.namespace(&[]).await;
     cluster.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    // With keys of an assumed role, too.
+    let role = "arn:aws:iam::210987654321:role/pull";
+    cluster.aws.role(role).trusts_role(ROLE);
+    let other = "210987654321.dkr.ecr.eu-west-1.amazonaws.com";
+    let spec = json!({"host": "b.example.io", "registry": other, "credentials": {"roleArn": role}});
+    cluster.alias("role", spec).await;
     let first = cluster.token(&namespace, REGISTRY).await;
     cluster.secret(&namespace, |s| (tokens(s?).get(REGISTRY)? != &first).then_some(())).await;
-    for fault in [Fault::MalformedBody, Fault::ExpiredToken, Fault::Throttle] {
+    for fault in [
+        Fault::MalformedBody,
+        Fault::HugeBody,
+        Fault::ExpiredToken,
+        Fault::EmptyToken,
+        Fault::NoToken,
+        Fault::Throttle,
+        Fault::AccessDenied,
+        Fault::ServerError,
+        Fault::CloseConnection,
+    ] {
         cluster.aws.heal();
         cluster.aws.inject(fault, Scope::all());
         let seen = cluster.aws.calls().len();
@@ -298,10 +314,42 @@ async fn no_token_or_key_leaks() {
     // what follows. In a Secret's data it is in base64 twice.
     let auth = STANDARD.encode(format!("AWS:{TOKEN_PREFIX}"));
     let auth = auth.get(..16).unwrap();
-    let secrets = [TOKEN_PREFIX, testbed::aws::SECRET_KEY_PREFIX, testbed::aws::SESSION_TOKEN_PREFIX, auth];
-    for (place, text) in
-        [("log", &log), ("metrics", &metrics), ("events", &events), ("aliases", &aliases), ("pods", &pods)]
-    {
+    // The keys and tokens that the process was given: each by a part that nothing else has.
+    let read = |name: &str| std::fs::read_to_string(cluster.control_plane.dir().join(name)).unwrap();
+    let web_identity = read("web-identity-token");
+    let kubeconfig = read("ecr-cname.ecr-cname-controller.kubeconfig");
+    let account = kubeconfig.split("token: ").nth(1).unwrap().trim();
+    let api: Api<k8s_openapi::api::core::v1::Secret> = Api::namespaced(cluster.client(), NAMESPACE);
+    let key = api.get("ecr-cname-tls").await.unwrap().data.unwrap().remove("tls.key").unwrap();
+    let key = String::from_utf8(key.0).unwrap();
+    let signature = |token: &str| token.trim().rsplit('.').next().unwrap()[..40].to_owned();
+    let (web_identity, account) = (signature(&web_identity), signature(account));
+    let secrets = [
+        TOKEN_PREFIX,
+        testbed::aws::SECRET_KEY_PREFIX,
+        testbed::aws::SESSION_TOKEN_PREFIX,
+        auth,
+        &web_identity,
+        &account,
+        key.lines().nth(1).unwrap(),
+        "PRIVATE KEY",
+    ];
+    let configuration = cluster
+        .control_plane
+        .kubectl(&["get", "mutatingwebhookconfigurations,leases", "-A", "-o", "json"])
+        .await
+        .unwrap();
+    let metadata = Api::<k8s_openapi::api::core::v1::Secret>::namespaced(cluster.client(), &namespace);
+    let metadata = serde_json::to_string(&metadata.get_metadata("ecr-cname").await.unwrap()).unwrap();
+    for (place, text) in [
+        ("log", &log),
+        ("metrics", &metrics),
+        ("events", &events),
+        ("aliases", &aliases),
+        ("pods", &pods),
+        ("webhook configuration or Lease", &configuration),
+        ("metadata of the pull secret", &metadata),
+    ] {
         for line in text.lines() {
             for secret in secrets {
                 // Who said it, but not what.
@@ -311,4 +359,66 @@ async fn no_token_or_key_leaks() {
             }
         }
     }
+}
+
+/// A token that was superseded is not left lying about: the copies of ours are wiped when they are dropped, and those of
+/// libraries (TLS, HTTP, the AWS SDK) by the allocator, as the controller's Deployment sets it.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_superseded_token_is_not_left_in_memory() {
+    let cluster = Cluster::start().await;
+    cluster.aws.set_token_lifetime(Duration::from_secs(6));
+    let start = cluster.quick(Start::run()).env("MALLOC_PERTURB_", "165");
+    let operator = cluster.operator(start).await;
+    let namespaces = [cluster.namespace(&[]).await, cluster.namespace(&[]).await];
+    cluster.alias("internal", json!({"host": "a.example.io", "registry": REGISTRY})).await;
+    let first = cluster.token(&namespaces[0], REGISTRY).await;
+    for namespace in &namespaces {
+        cluster.secret(namespace, |s| (tokens(s?).get(REGISTRY)? != &first).then_some(())).await;
+    }
+    // What does not depend on where in a text it stands when it is encoded: in itself, as an auth, and as an auth in base64.
+    let forms = |token: &str| -> Vec<Vec<u8>> {
+        let auth = STANDARD.encode(format!("AWS:{token}"));
+        let inner = |skip: usize| {
+            let twice = STANDARD.encode(auth.get(16 + skip..).unwrap());
+            twice.as_bytes()[4..44].to_vec()
+        };
+        let tail = token.get(token.len() - 30..).unwrap().as_bytes().to_vec();
+        vec![tail, auth.as_bytes()[20..60].to_vec(), inner(0), inner(1), inner(2)]
+    };
+    let copies = |token: &str| -> Vec<usize> {
+        let memory = memory(operator.process().pid());
+        let count = |form: &Vec<u8>| {
+            let form = regex::bytes::Regex::new(&regex::escape(std::str::from_utf8(form).unwrap())).unwrap();
+            memory.iter().map(|area| form.find_iter(area).count()).sum()
+        };
+        forms(token).iter().map(count).collect()
+    };
+    // What stands in a buffer that is still in use goes with the next thing that is sent or read.
+    let deadline = tokio::time::Instant::now() + LIMIT;
+    while copies(&first).iter().sum::<usize>() > 0 {
+        assert!(tokio::time::Instant::now() < deadline, "copies by form: {:?}", copies(&first));
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    // And what is looked for can be found: the token at hand is somewhere.
+    while copies(&cluster.aws.all_tokens().pop().unwrap().token).iter().sum::<usize>() == 0 {
+        assert!(tokio::time::Instant::now() < deadline, "not even the token at hand is found");
+    }
+}
+
+/// The writable memory of a process.
+#[cfg(target_os = "linux")]
+fn memory(pid: u32) -> Vec<Vec<u8>> {
+    use std::os::unix::fs::FileExt as _;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let areas = maps.lines().filter(|line| line.contains(" rw-p ")).filter_map(|line| {
+        let (from, to) = line.split(' ').next()?.split_once('-')?;
+        let from = u64::from_str_radix(from, 16).ok()?;
+        let mut area = vec![0; usize::try_from(u64::from_str_radix(to, 16).ok()? - from).ok()?];
+        let read = memory.read_at(&mut area, from).ok()?;
+        area.truncate(read);
+        Some(area)
+    });
+    areas.collect()
 }

@@ -15,6 +15,34 @@ fn the_crd_in_manifests_is_the_one_of_the_types() {
     assert!(printed == kept, "run `cargo testbed generate`");
 }
 
+/// docs/security.md says of each thing that nobody can do which test tries it.
+#[test]
+fn every_test_that_the_threat_model_names_exists() {
+    let model = fs::read_to_string(root().join("docs/security.md")).unwrap();
+    let mut code = String::new();
+    let mut directories = vec![root().join("src"), root().join("tests")];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                code += &fs::read_to_string(path).unwrap();
+            }
+        }
+    }
+    let is_test = |name: &&str| {
+        name.matches('_').count() > 1
+            && !name.starts_with("ecr_cname_")
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_')
+    };
+    let named: Vec<_> = model.split('`').skip(1).step_by(2).filter(is_test).collect();
+    assert!(named.len() > 40, "only {} tests are named", named.len());
+    for name in named {
+        assert!(code.contains(&format!("fn {name}(")), "there is no test {name}");
+    }
+}
+
 #[tokio::test]
 async fn every_manifest_and_every_manifest_in_documents_passes_a_server_side_dry_run() {
     let cluster = shared().await;

@@ -13,4 +13,5 @@ mod offline;
 mod pods;
 mod roles;
 mod secrets;
+mod specs;
 mod wire;
