@@ -2,7 +2,7 @@
 //!
 //! What clients may take is bounded: the number of their connections, the memory of all their requests together, and the
 //! time for a handshake, for a request to arrive, and for nothing at all. What is over a bound is paid for by those who take
-//! most and give least; [`ledger`] decides who that is.
+//! most and give least; the ledger decides who that is.
 
 mod ledger;
 
