@@ -19,6 +19,7 @@ fn in_the_tree(pod: &Value) -> Vec<(String, usize, String)> {
             }
         }
     }
+    found.sort();
     found
 }
 
@@ -65,8 +66,11 @@ fn wrap(pod: &Value) -> Value {
 
 fn read(body: &[u8]) -> Option<Vec<(String, usize, String)>> {
     let request = review::parse(body).ok()?;
-    let images = request.object.iter().flat_map(|pod| pod.images());
-    Some(images.map(|i| (i.list.field().to_owned(), i.index, i.reference.to_owned())).collect())
+    let images = request.object.iter().flat_map(|pod| pod.images.iter());
+    let mut images: Vec<_> =
+        images.map(|i| (i.list.field().to_owned(), i.index, i.reference.clone().into_owned())).collect();
+    images.sort();
+    Some(images)
 }
 
 proptest! {
