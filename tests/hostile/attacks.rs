@@ -276,9 +276,16 @@ async fn poisonous_bodies() {
                     let mut answer = Vec::new();
                     let _ = timeout(Duration::from_secs(10), stream.read_to_end(&mut answer)).await;
                     let status = String::from_utf8_lossy(&answer[..answer.len().min(12)]).into_owned();
-                    // Under memory pressure, it may be the one that has to go.
-                    let known =
-                        ["", "HTTP/1.1 200", "HTTP/1.1 400", "HTTP/1.1 413", "HTTP/1.1 415", "HTTP/1.1 503"];
+                    // It may be the one that has to go for memory, or not arrive in time on a machine that is busy.
+                    let known = [
+                        "",
+                        "HTTP/1.1 200",
+                        "HTTP/1.1 400",
+                        "HTTP/1.1 408",
+                        "HTTP/1.1 413",
+                        "HTTP/1.1 415",
+                        "HTTP/1.1 503",
+                    ];
                     assert!(known.contains(&status.as_str()), "{status}");
                 }
             }))
