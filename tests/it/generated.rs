@@ -57,7 +57,9 @@ async fn every_manifest_and_every_manifest_in_documents_passes_a_server_side_dry
         let text = fs::read_to_string(document).unwrap();
         for snippet in text.split("```yaml\n").skip(1) {
             let yaml = snippet.split("```").next().unwrap();
-            if yaml.contains("apiVersion:") {
+            // Files of the API server itself are no objects.
+            let is_file = yaml.contains("kind: Config\n") || yaml.contains("kind: AdmissionConfiguration");
+            if yaml.contains("apiVersion:") && !is_file {
                 dry_run(cluster, yaml).await;
                 checked += 1;
             }
