@@ -18,7 +18,7 @@ mod sts;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
 use tokio::sync::watch;
@@ -131,6 +131,15 @@ impl AwsStandIn {
     /// Credentials of a role without anyone assuming it, as an instance profile hands them out.
     pub fn issue_credentials(&self, role: &str, lifetime: Duration) -> Result<Credentials> {
         self.shared.modify(|state| state.issue_credentials(role, "testbed", lifetime))
+    }
+
+    /// A token of ECR, as `aws ecr get-login-password` prints it for someone who has the role.
+    pub fn login_password(&self, role: &str, lifetime: Duration) -> Result<String> {
+        let now = SystemTime::now();
+        let issued = IssuedToken::new(role, REGION, now, now + lifetime)?;
+        let token = issued.token.clone();
+        self.shared.modify(|state| state.record_token(issued));
+        Ok(token)
     }
 
     /// How long tokens of ECR live from now on; twelve hours by default.

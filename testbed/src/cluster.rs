@@ -41,7 +41,7 @@ impl Cluster {
         let control_plane = ControlPlane::start_on(Arc::clone(&machine)).await?;
         let aws = AwsStandIn::start_on(control_plane.issuer(), &machine)?;
 
-        let dns = DnsStandIn::start_on(&machine)?;
+        let dns = DnsStandIn::start_on(&machine, control_plane.config())?;
         dns.a(HOST, Machine::ADDRESS, 60)?;
         machine.write("/etc/resolv.conf", &format!("nameserver {}\n", Machine::ADDRESS))?;
 

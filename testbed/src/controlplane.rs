@@ -171,6 +171,11 @@ impl ControlPlane {
         Ok(kube::Client::try_from(self.config.clone())?)
     }
 
+    /// How an admin's client is configured.
+    pub(crate) fn config(&self) -> kube::Config {
+        self.config.clone()
+    }
+
     /// The URL of the API server.
     pub fn url(&self) -> &str {
         &self.url

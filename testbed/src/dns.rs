@@ -3,6 +3,8 @@
 //! It answers over UDP and TCP on one port, follows a CNAME as far as its own zone goes, and knows nothing
 //! beyond it: every other name does not exist.
 
+mod services;
+
 use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -16,6 +18,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::timeout;
+
+pub(crate) use services::DOMAIN;
 
 use crate::background::Background;
 use crate::node::Machine;
@@ -60,6 +64,7 @@ pub struct DnsStandIn {
     address: SocketAddr,
     state: Arc<watch::Sender<DnsState>>,
     _server: Background,
+    _services: Option<Background>,
 }
 
 impl DnsStandIn {
@@ -68,17 +73,20 @@ impl DnsStandIn {
         Self::serve(bind()?)
     }
 
-    /// The same on port 53 of a machine, where its pods look for it.
-    pub fn start_on(machine: &Machine) -> Result<Self> {
+    /// The same on port 53 of a machine, where its pods look for it, with the names of a cluster's Services.
+    pub fn start_on(machine: &Machine, cluster: kube::Config) -> Result<Self> {
         let address = SocketAddr::from((Machine::ADDRESS, 53));
-        Self::serve(machine.within_network(|| try_bind(address).context("cannot listen"))?)
+        let mut dns = Self::serve(machine.within_network(|| try_bind(address).context("cannot listen"))?)?;
+        let follow = services::follow(cluster, Arc::clone(&dns.state));
+        dns._services = Some(Background::spawn("dns-services", follow)?);
+        Ok(dns)
     }
 
     fn serve((udp, tcp): (std::net::UdpSocket, std::net::TcpListener)) -> Result<Self> {
         let address = udp.local_addr()?;
         let state = Arc::new(watch::Sender::new(DnsState::default()));
         let server = Background::spawn("dns-stand-in", serve(udp, tcp, Arc::clone(&state)))?;
-        Ok(Self { address, state, _server: server })
+        Ok(Self { address, state, _server: server, _services: None })
     }
 
     /// Where it listens, over UDP and TCP.

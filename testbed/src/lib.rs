@@ -13,14 +13,15 @@
 //! - [`aws`]: STS and ECR
 //! - [`dns`]: a DNS server whose zone is changed while it runs
 //! - [`operator`]: the real operator, started as a user would start it
-//! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
-//! - [`capture`]: AdmissionReviews as the API server sends them, for benchmarks
+//! - [`pki`]: keys and certificates of servers
 //! - [`helm`]: the real Helm
 //! - [`generated`]: the files that are generated and committed
 //! - [`image`]: images for containers, the operator's among them
 //! - [`registry`]: ECR's registry, which takes the tokens of the AWS stand-in
 //! - [`node`]: kubelet, containerd and the rest of Kubernetes, in namespaces of their own
 //! - [`cluster`]: all of it together
+//! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
+//! - [`capture`]: AdmissionReviews as the API server sends them, for benchmarks
 //!
 //! Everything here may be kept in a `static` and shared by tests that each have a runtime of their own:
 //! nothing is bound to the runtime that started it, and nothing stays behind when the process ends.
@@ -37,6 +38,7 @@ pub mod helm;
 pub mod image;
 pub mod node;
 pub mod operator;
+pub mod pki;
 pub mod process;
 pub mod registry;
 pub mod scale;
@@ -44,7 +46,6 @@ pub mod usage;
 
 mod background;
 mod kubeconfig;
-mod pki;
 mod ports;
 mod random;
 mod run_dir;

@@ -7,14 +7,19 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use testbed::aws::AwsStandIn;
 use testbed::binaries;
+use testbed::build::Profile;
 use testbed::capture::capture;
 use testbed::controlplane::ControlPlane;
+use testbed::image::Image;
 use testbed::operator::{ROLE, SUBJECT};
 use testbed::{generated, scale, testbed_dir, until_interrupted};
+
+/// How many bytes the operator's image may have, compressed.
+const MAX_IMAGE: usize = 30_000_000;
 
 /// A real Kubernetes control plane and a stand-in for AWS, on this machine.
 #[derive(Parser)]
@@ -40,6 +45,14 @@ enum Command {
     },
     /// Write the files that are generated: the CRD, `manifests/`, and the tables in the chart's README.
     Generate,
+    /// Write the operator's image, as it is shipped, as an OCI archive. Fails if it is larger than we promise.
+    Image {
+        /// The archive.
+        file: PathBuf,
+        /// The operator's binary; default: that of this tree, as it is shipped.
+        #[arg(long, value_name = "FILE")]
+        operator: Option<PathBuf>,
+    },
     /// Build Go programs that have not been built yet, and print where they are.
     Build {
         /// Which; all by default.
@@ -87,6 +100,7 @@ async fn main() -> ExitCode {
             until_interrupted(scale::run(binary, &namespaces, aliases)).await
         }
         Command::Generate => generate().await,
+        Command::Image { file, operator } => image(&file, operator),
         Command::Build { programs } => build(&programs),
         Command::Capture { dir } => until_interrupted(capture(&dir)).await,
     };
@@ -103,6 +117,16 @@ async fn generate() -> Result<()> {
     for (path, contents) in generated::files().await? {
         fs::write(&path, contents).with_context(|| format!("cannot write {}", path.display()))?;
     }
+    Ok(())
+}
+
+fn image(file: &Path, operator: Option<PathBuf>) -> Result<()> {
+    let operator = operator.map_or_else(|| testbed::build::operator(Profile::Release), Ok)?;
+    let image = Image::operator(&operator)?;
+    image.write_archive("ecr-cname", file)?;
+    let size = image.size();
+    println!("{}: {size} bytes to download", file.display());
+    ensure!(size < MAX_IMAGE, "the image is larger than {MAX_IMAGE} bytes");
     Ok(())
 }
 

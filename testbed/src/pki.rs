@@ -7,14 +7,17 @@ use rcgen::{
 };
 
 /// A certificate authority and one server certificate that it signed, all in PEM.
-pub(crate) struct ServingCert {
-    pub(crate) ca: String,
-    pub(crate) cert: String,
-    pub(crate) key: String,
+pub struct ServingCert {
+    /// The authority's certificate.
+    pub ca: String,
+    /// The server's certificate.
+    pub cert: String,
+    /// The server's key.
+    pub key: String,
 }
 
 /// A server certificate for `names`, which may be DNS names and IP addresses.
-pub(crate) fn serving_cert(names: &[&str]) -> Result<ServingCert> {
+pub fn serving_cert(names: &[&str]) -> Result<ServingCert> {
     let ca_key = KeyPair::generate()?;
     let mut ca = CertificateParams::default();
     ca.distinguished_name = common_name("testbed-ca");

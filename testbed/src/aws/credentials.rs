@@ -53,9 +53,9 @@ impl Credentials {
         })
     }
 
-    /// The account of the role: the fifth part of its ARN.
+    /// The account of the role.
     pub(super) fn account(&self) -> &str {
-        self.role.split(':').nth(4).unwrap_or_default()
+        account(&self.role)
     }
 
     /// The caller, as messages and answers name it.
@@ -64,6 +64,11 @@ impl Credentials {
         let name = self.role.rsplit('/').next().unwrap_or_default();
         format!("arn:{partition}:sts::{}:assumed-role/{name}/{}", self.account(), self.session_name)
     }
+}
+
+/// The account of a role: the fifth part of its ARN.
+pub(super) fn account(role: &str) -> &str {
+    role.split(':').nth(4).unwrap_or_default()
 }
 
 /// Whose request this is, if it is someone's.

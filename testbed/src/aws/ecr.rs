@@ -3,6 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::Result;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -11,7 +12,7 @@ use hyper::Response;
 use serde_json::json;
 
 use super::Shared;
-use super::credentials::authenticate;
+use super::credentials::{account, authenticate};
 use super::fault::Fault;
 use super::protocol::{ApiError, Request, json};
 use crate::random;
@@ -37,6 +38,23 @@ pub struct IssuedToken {
 }
 
 impl IssuedToken {
+    /// A new token for a role.
+    pub(super) fn new(
+        role: &str,
+        region: &str,
+        issued_at: SystemTime,
+        expires_at: SystemTime,
+    ) -> Result<Self> {
+        Ok(Self {
+            token: random::secret(TOKEN_PREFIX)?,
+            role: role.into(),
+            account: account(role).into(),
+            region: region.into(),
+            issued_at,
+            expires_at,
+        })
+    }
+
     /// Whether it has not expired yet.
     pub fn is_valid(&self) -> bool {
         self.expires_at > SystemTime::now()
@@ -82,10 +100,9 @@ pub(super) fn get_authorization_token(
     let token = match fault {
         Some(Fault::EmptyToken) => String::new(),
         _ => {
-            let token = random::secret(TOKEN_PREFIX)
+            let issued = IssuedToken::new(&credentials.role, &region, issued_at, expires_at)
                 .map_err(|error| ApiError::new(500, "ServerException", error.to_string()))?;
-            let role = credentials.role;
-            let issued = IssuedToken { token: token.clone(), role, account, region, issued_at, expires_at };
+            let token = issued.token.clone();
             shared.modify(|state| state.record_token(issued));
             token
         }

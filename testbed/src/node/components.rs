@@ -11,6 +11,7 @@ use super::containerd::Containerd;
 use super::machine::Machine;
 use crate::binaries::NodeBinaries;
 use crate::controlplane::ControlPlane;
+use crate::dns::DOMAIN;
 use crate::process::Process;
 
 /// The name of the node.
@@ -116,7 +117,7 @@ impl Start<'_> {
                 "authorization": { "mode": "AlwaysAllow" },
                 "registerNode": true,
                 "clusterDNS": [Machine::ADDRESS.to_string()],
-                "clusterDomain": "cluster.local",
+                "clusterDomain": DOMAIN,
                 // Any machine will do: with cgroups of either version, with swap, and nearly full.
                 "cgroupDriver": "cgroupfs",
                 "cgroupsPerQOS": false,
