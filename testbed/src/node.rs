@@ -3,6 +3,7 @@
 //!
 //! All of it happens on a [`Machine`] of namespaces, so the host stays as it is.
 
+mod cgroups;
 mod components;
 mod containerd;
 mod identity;

@@ -4,7 +4,7 @@
 //! its iptables rules, its `/etc/hosts`, its port 443 and its containerd, and when the first process of the machine
 //! ends the kernel takes everything else away, however it ended: containers, mounts, bridges and rules.
 //!
-//! Cgroups are the host's; what containers leave there is removed.
+//! Cgroups are the host's, see [`cgroups`].
 
 use std::fs::{self, File, TryLockError};
 use std::net::Ipv4Addr;
@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use super::cgroups;
 use super::requirements::Requirements;
 use crate::controlplane::SERVICES;
 use crate::process::Process;
 use crate::run_dir::RunDir;
-use crate::workspace;
 
 /// The link between host and machine. The range is for benchmarks of networks, so nobody's own network has it.
 const HOST_ADDRESS: &str = "198.18.0.1/30";
@@ -27,9 +27,6 @@ const LINK: &str = "ecr-cname0";
 
 /// Where every checkout looks, whatever its target directory.
 const LOCK: &str = "/run/lock/ecr-cname-testbed-node.lock";
-
-/// Where containerd keeps what it knows of running containers.
-const CONTAINERD_STATE: &str = "containerd-state";
 
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
@@ -54,7 +51,8 @@ impl Machine {
     pub fn start() -> Result<Self> {
         let Requirements { cni_plugins } = Requirements::check()?;
         let lock = lock()?;
-        remove_cgroups_of_the_dead();
+        cgroups::remove_of_the_dead();
+        cgroups::favour_pods();
         let run = RunDir::create()?;
 
         let mut unshare = Command::new("unshare");
@@ -167,7 +165,7 @@ impl Machine {
 
     /// Where containerd keeps what it knows of running containers; readable after its end.
     pub(super) fn containerd_state(&self) -> PathBuf {
-        self.dir().join(CONTAINERD_STATE)
+        self.dir().join(cgroups::CONTAINERD_STATE)
     }
 
     fn network(&self) -> PathBuf {
@@ -217,7 +215,7 @@ impl Drop for Machine {
         // The first process ends by itself, and `unshare` after it, when all others are gone.
         let _ = self.init.terminate();
         self.init.wait(STOP_TIMEOUT);
-        remove_cgroups(self.dir());
+        cgroups::remove(self.dir());
     }
 }
 
@@ -239,28 +237,5 @@ fn lock() -> Result<File> {
 fn without_proxy(command: &mut Command) {
     for name in ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"] {
         command.env_remove(name).env_remove(name.to_lowercase());
-    }
-}
-
-/// There is one machine at a time, so those whose directories are left were killed.
-fn remove_cgroups_of_the_dead() {
-    for run in fs::read_dir(workspace::testbed_dir().join("run")).into_iter().flatten().flatten() {
-        remove_cgroups(&run.path());
-    }
-}
-
-/// Removes the cgroups of a machine's containers, which are empty by now. One that is not empty is not removed.
-fn remove_cgroups(run: &Path) {
-    let tasks = run.join(CONTAINERD_STATE).join("io.containerd.runtime.v2.task/k8s.io");
-    let Ok(containers) = fs::read_dir(tasks) else { return };
-    let containers: Vec<_> = containers.flatten().map(|entry| entry.file_name()).collect();
-    let cgroups = Path::new("/sys/fs/cgroup");
-    // Version 2 has one hierarchy, version 1 several.
-    let hierarchies = fs::read_dir(cgroups).into_iter().flatten().flatten().map(|entry| entry.path());
-    for hierarchy in hierarchies.chain([cgroups.into()]) {
-        for container in &containers {
-            let _ = fs::remove_dir(hierarchy.join("k8s.io").join(container));
-        }
-        let _ = fs::remove_dir(hierarchy.join("k8s.io"));
     }
 }
