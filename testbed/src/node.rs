@@ -3,10 +3,10 @@
 //!
 //! All of it happens on a [`Machine`] of namespaces, so the host stays as it is.
 
-mod cgroups;
 mod components;
 mod containerd;
 mod identity;
+mod janitor;
 mod machine;
 mod requirements;
 

@@ -1,6 +1,5 @@
 //! containerd, with the network of pods.
 
-use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
@@ -69,13 +68,10 @@ fn ctr(machine: &Machine) -> Command {
 
 fn config(machine: &Machine) -> String {
     let plugins = machine.cni_plugins().display();
-    let state = machine.containerd_state();
-    let _ = fs::create_dir_all(&state);
-    let state = state.display();
     format!(
         r#"version = 2
 root = "/var/lib/containerd"
-state = "{state}"
+state = "/run/containerd"
 
 [grpc]
 address = "{socket}"

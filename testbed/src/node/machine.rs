@@ -4,9 +4,9 @@
 //! its iptables rules, its `/etc/hosts`, its port 443 and its containerd, and when the first process of the machine
 //! ends the kernel takes everything else away, however it ended: containers, mounts, bridges and rules.
 //!
-//! Cgroups are the host's, see [`cgroups`].
+//! Cgroups are the host's; the janitor removes them.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::cgroups;
+use super::janitor::{Janitor, Turn};
 use super::requirements::Requirements;
 use crate::controlplane::SERVICES;
 use crate::process::Process;
@@ -25,9 +25,6 @@ const HOST_ADDRESS: &str = "198.18.0.1/30";
 const MACHINE_ADDRESS: &str = "198.18.0.2/30";
 const LINK: &str = "ecr-cname0";
 
-/// Where every checkout looks, whatever its target directory.
-const LOCK: &str = "/run/lock/ecr-cname-testbed-node.lock";
-
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -35,9 +32,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct Machine {
     // Dropped in this order: another may start only when everything is gone.
     init: Process,
+    _janitor: Janitor,
     cni_plugins: PathBuf,
     run: RunDir,
-    _lock: File,
 }
 
 impl Machine {
@@ -50,9 +47,8 @@ impl Machine {
     /// The host is not fit for it, or the machine does not start.
     pub fn start() -> Result<Self> {
         let Requirements { cni_plugins } = Requirements::check()?;
-        let lock = lock()?;
-        cgroups::remove_of_the_dead();
-        cgroups::favour_pods();
+        let turn = Turn::wait()?;
+        favour_pods();
         let run = RunDir::create()?;
 
         let mut unshare = Command::new("unshare");
@@ -73,7 +69,8 @@ impl Machine {
             .arg(run.path())
             .args([MACHINE_ADDRESS, SERVICES]);
         let init = Process::spawn("machine", &unshare, &run.path().join("machine.log"))?;
-        let machine = Self { init, cni_plugins, run, _lock: lock };
+        let janitor = turn.employ(init.pid(), LINK, run.path())?;
+        let machine = Self { init, _janitor: janitor, cni_plugins, run };
         machine.connect()?;
         machine.wait_ready()?;
         Ok(machine)
@@ -163,11 +160,6 @@ impl Machine {
         &self.cni_plugins
     }
 
-    /// Where containerd keeps what it knows of running containers; readable after its end.
-    pub(super) fn containerd_state(&self) -> PathBuf {
-        self.dir().join(cgroups::CONTAINERD_STATE)
-    }
-
     fn network(&self) -> PathBuf {
         format!("/proc/{}/ns/net", self.init.pid()).into()
     }
@@ -180,7 +172,7 @@ impl Machine {
         while fs::read_link(self.network()).map_or(true, |network| network == host) {
             self.still_starting(deadline)?;
         }
-        // The kernel takes some time to clear away the network of a machine that was killed.
+        // Should even the janitor have been killed.
         let _ = Command::new("ip").args(["link", "delete", LINK]).output();
         let pid = self.init.pid().to_string();
         for args in [
@@ -215,22 +207,7 @@ impl Drop for Machine {
         // The first process ends by itself, and `unshare` after it, when all others are gone.
         let _ = self.init.terminate();
         self.init.wait(STOP_TIMEOUT);
-        cgroups::remove(self.dir());
     }
-}
-
-/// Waits for its turn.
-fn lock() -> Result<File> {
-    let file = File::create(LOCK).with_context(|| format!("cannot create {LOCK}"))?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            eprintln!("testbed: another node runs on this machine; waiting for its end ({LOCK})");
-            file.lock()?;
-        }
-        Err(TryLockError::Error(error)) => return Err(error.into()),
-    }
-    Ok(file)
 }
 
 /// A proxy of the developer's leads nowhere near the machine.
@@ -238,4 +215,19 @@ fn without_proxy(command: &mut Command) {
     for name in ["HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"] {
         command.env_remove(name).env_remove(name.to_lowercase());
     }
+}
+
+/// Gives all pods together as much of the processors as they want. By default all of them have the share of one single
+/// process of the host, so that a build beside them lets every time limit pass. Where that is not allowed, pods are slow.
+fn favour_pods() {
+    let (version1, version2) = (Path::new("/sys/fs/cgroup/cpu"), Path::new("/sys/fs/cgroup"));
+    let (hierarchy, file, most) = if version2.join("cgroup.controllers").is_file() {
+        (version2, "cpu.weight", "10000")
+    } else if version1.join("cpu.shares").is_file() {
+        (version1, "cpu.shares", "262144")
+    } else {
+        return;
+    };
+    let pods = hierarchy.join("k8s.io");
+    let _ = fs::create_dir_all(&pods).and_then(|()| fs::write(pods.join(file), most));
 }
