@@ -36,6 +36,11 @@ env:
     valueFrom: { fieldRef: { fieldPath: metadata.namespace } }
   - name: POD_NAME
     valueFrom: { fieldRef: { fieldPath: metadata.name } }
+{{- if eq (index . 1) "controller" }}
+  # What is given back to the allocator is overwritten, so that no copy of a superseded token stays in memory.
+  - name: GLIBC_TUNABLES
+    value: glibc.malloc.perturb=165:glibc.malloc.tcache_count=0
+{{- end }}
 {{- with concat $root.Values.extraEnv $values.extraEnv }}
 {{ toYaml . | indent 2 }}
 {{- end }}
@@ -56,7 +61,11 @@ resources:
 {{ toYaml $values.resources | indent 2 }}
 securityContext:
 {{ toYaml $root.Values.securityContext | indent 2 }}
-{{- with concat $root.Values.extraVolumeMounts $values.extraVolumeMounts }}
+{{- $mounts := concat $root.Values.extraVolumeMounts $values.extraVolumeMounts }}
+{{- if dig "clientCa" "configMapName" "" $values }}
+{{- $mounts = prepend $mounts (dict "name" "client-ca" "mountPath" "/client-ca" "readOnly" true) }}
+{{- end }}
+{{- with $mounts }}
 volumeMounts:
 {{ toYaml . | indent 2 }}
 {{- end }}
@@ -123,7 +132,11 @@ topologySpreadConstraints:
 {{ list $filled | toYaml | indent 2 }}
 {{- end }}
 {{- end }}
-{{- with concat $root.Values.extraVolumes $values.extraVolumes }}
+{{- $volumes := concat $root.Values.extraVolumes $values.extraVolumes }}
+{{- with dig "clientCa" "configMapName" "" $values }}
+{{- $volumes = prepend $volumes (dict "name" "client-ca" "configMap" (dict "name" .)) }}
+{{- end }}
+{{- with $volumes }}
 volumes:
 {{ toYaml . | indent 2 }}
 {{- end }}
