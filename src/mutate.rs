@@ -133,6 +133,9 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
             Rule::Unresolved { alias } => return Verdict::Unresolved { alias, image },
             Rule::Rewrite { registry, prefix, pull_secret } => {
                 wants_secret |= pull_secret;
+                if edits.is_empty() {
+                    edits.reserve_exact(pod.images.len() - place);
+                }
                 edits.push(Edit { image, new: reference.at(registry, prefix.as_deref()) });
             }
         }

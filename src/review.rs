@@ -259,6 +259,9 @@ fn images<'a>(
             Ok(())
         })?;
         if let Some(reference) = reference {
+            if images.is_empty() {
+                images.reserve(8);
+            }
             images.push(Image { list, index, owner: owner.unwrap_or_default(), reference });
         }
         Ok(())

@@ -12,9 +12,9 @@ use std::{
 use arc_swap::ArcSwap;
 use axum::{
     Router,
-    body::Bytes,
-    extract::{DefaultBodyLimit, Path, State},
-    http::{HeaderMap, HeaderValue, StatusCode, header::CONTENT_TYPE},
+    body::to_bytes,
+    extract::{Request as HttpRequest, State},
+    http::{HeaderValue, StatusCode, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::post,
 };
@@ -101,11 +101,7 @@ impl Webhook {
 
     /// The routes: `POST /mutate/GROUP/DIGEST`, as [`crate::matching`] registers them.
     pub fn router(self: Arc<Self>) -> Router {
-        Router::new()
-            .route("/mutate/{group}/{digest}", post(admit))
-            // The server bounds bodies.
-            .layer(DefaultBodyLimit::disable())
-            .with_state(self)
+        Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state(self)
     }
 
     /// Answers one request that came for a group of aliases, from a webhook entry with that digest.
@@ -221,19 +217,20 @@ pub async fn serve(
     server::serve(listener, Some(tls), webhook.router(), limits, metrics, shutdown, drain).await
 }
 
-async fn admit(
-    State(webhook): State<Arc<Webhook>>,
-    Path((group, digest)): Path<(String, String)>,
-    headers: HeaderMap,
-    body: Bytes,
-) -> Response {
-    let answer = if is_json(headers.get(CONTENT_TYPE)) {
+async fn admit(State(webhook): State<Arc<Webhook>>, request: HttpRequest) -> Response {
+    let (head, body) = request.into_parts();
+    // The router let through what has both.
+    let path = head.uri.path().strip_prefix("/mutate/").unwrap_or_default();
+    let (group, digest) = path.split_once('/').unwrap_or_default();
+    let answer = if is_json(head.headers.get(CONTENT_TYPE)) {
+        // The server has read it, within its bounds.
+        let body = to_bytes(body, webhook.limits.body).await.unwrap_or_default();
         let arrived = Instant::now();
         let request = review::parse(&body);
         if let Ok(request) = &request {
-            webhook.catch_up(&group, &digest, request, body.len()).await;
+            webhook.catch_up(group, digest, request, body.len()).await;
         }
-        let answer = webhook.answer(&group, &digest, request);
+        let answer = webhook.answer(group, digest, request);
         webhook.metrics.latency.observe(arrived.elapsed().as_secs_f64());
         answer
     } else {
