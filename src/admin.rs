@@ -57,6 +57,12 @@ impl Readiness {
         self.lock().stopping = true;
     }
 
+    /// Whether a shutdown has begun.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
+        self.lock().stopping
+    }
+
     /// What is being waited for; empty if ready.
     #[must_use]
     pub fn waiting_for(&self) -> Vec<&'static str> {

@@ -85,6 +85,11 @@ pub struct Process {
     #[arg(long, env = "ECR_CNAME_FAILURE_POLICY", default_value = "Fail", value_name = "POLICY")]
     pub failure_policy: FailurePolicy,
 
+    /// How long a watch of the API server lasts before it is begun anew; a connection that died without a word is noticed
+    /// 5 seconds after that at the latest
+    #[arg(long, env = "ECR_CNAME_WATCH_TIMEOUT", default_value = "2m", value_name = "TIME", value_parser = interval)]
+    pub watch_timeout: Duration,
+
     /// How long to serve on, not ready, after SIGTERM, so that the API server learns of it
     #[arg(long, env = "ECR_CNAME_SHUTDOWN_DELAY", default_value = "5s", value_name = "TIME", value_parser = duration)]
     pub shutdown_delay: Duration,

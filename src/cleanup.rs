@@ -1,5 +1,7 @@
 //! Uninstalling: everything that is ours is taken away, and nothing else.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use k8s_openapi::api::{coordination::v1::Lease, core::v1::Secret};
 use kube::{
@@ -9,14 +11,12 @@ use kube::{
 use tracing::info;
 
 use crate::{
-    args::CleanupArgs,
-    pull_secret::Observed,
-    registration,
-    run::client,
-    scope::Scope,
-    secrets::{self, Settings},
+    args::CleanupArgs, client::client, pull_secret::Observed, registration, scope::Scope, secrets,
     watch::bounded,
 };
+
+/// How long the API server may be silent while an answer is awaited.
+const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Deletes the webhook entries, the pull secrets, the self-managed certificate and the Lease. A controller that still runs
 /// would make them again.
@@ -25,15 +25,14 @@ use crate::{
 /// The API server cannot be reached, or refuses.
 pub async fn cleanup(args: &CleanupArgs) -> anyhow::Result<()> {
     let (names, kept) = (&args.names, &args.kept);
-    let client = client().await?;
+    let client = client(READ_TIMEOUT).await?;
     let entries = registration::remove_all(&client, &kept.webhook_configuration)
         .await
         .with_context(|| format!("the entries of {:?} cannot be removed", kept.webhook_configuration))?;
     let scope = Scope { watched: kept.watch_namespaces.clone(), excluded: Vec::new() };
-    let (deleted, failed) =
-        secrets::delete_all(&client, &Settings { name: names.pull_secret.clone(), scope })
-            .await
-            .with_context(|| format!("the pull secrets {:?} cannot be listed", names.pull_secret))?;
+    let (deleted, failed) = secrets::delete_all(&client, &names.pull_secret, &scope)
+        .await
+        .with_context(|| format!("the pull secrets {:?} cannot be listed", names.pull_secret))?;
     let certificate = delete_certificate(&client, &names.namespace, &names.certificate_secret)
         .await
         .with_context(|| format!("the Secret {:?} cannot be deleted", names.certificate_secret))?;

@@ -4,6 +4,8 @@
 //! with a role, from `sts:AssumeRole`. One token serves every registry that its principal may read in that region; see
 //! <https://docs.aws.amazon.com/AmazonECR/latest/APIReference/API_GetAuthorizationToken.html>.
 
+mod bounded;
+
 use std::{
     collections::HashMap,
     fmt,
@@ -31,6 +33,8 @@ use aws_smithy_http_client::{
 };
 use jiff::{SignedDuration, Timestamp};
 use secrecy::SecretString;
+
+use bounded::Bounded;
 
 use crate::{
     alias::{Identity, Principal},
@@ -75,6 +79,8 @@ pub enum Reason {
     AccessDenied,
     /// No credentials could be had for the principal.
     NoCredentials,
+    /// AWS takes the request for too old or too new: a clock is wrong.
+    ClockSkew,
     /// AWS asks us to slow down.
     Throttled,
     /// No answer came in time, or no connection.
@@ -89,9 +95,10 @@ pub enum Reason {
 
 impl Reason {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::AccessDenied,
         Self::NoCredentials,
+        Self::ClockSkew,
         Self::Throttled,
         Self::Unreachable,
         Self::ServiceError,
@@ -149,7 +156,7 @@ impl Ecr {
             .build();
         // The refresh loop has a back-off of its own; two on top of each other would multiply the calls.
         let base = aws_config::defaults(BehaviorVersion::latest())
-            .http_client(http_client)
+            .http_client(Bounded(http_client))
             .timeout_config(timeouts)
             .retry_config(RetryConfig::disabled())
             .load()
@@ -250,30 +257,37 @@ fn tls_context() -> Result<TlsContext, SetupError> {
 fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) -> TokenError {
     let credentials = find::<CredentialsError>(error).is_some();
     let (code, message) = said(error);
-    let network = find::<SdkError<AssumeRoleError>>(error).is_some_and(is_network)
-        || find::<SdkError<AssumeRoleWithWebIdentityError>>(error).is_some_and(is_network);
-    let status = match error {
-        SdkError::ServiceError(context) => Some(context.raw().status().as_u16()),
-        _ => None,
-    };
+    // Of the calls that a token takes, the innermost that failed says how.
+    let failure = find::<SdkError<AssumeRoleWithWebIdentityError>>(error)
+        .map(Failure::of)
+        .or_else(|| find::<SdkError<AssumeRoleError>>(error).map(Failure::of))
+        .unwrap_or_else(|| Failure::of(error));
     let reason = match code.as_deref() {
         Some("ThrottlingException" | "Throttling" | "TooManyRequestsException" | "RequestLimitExceeded") => {
             Reason::Throttled
+        }
+        Some("RequestTimeTooSkewed" | "RequestExpired" | "RequestInTheFuture") => Reason::ClockSkew,
+        // The code is that of a wrong key, too; only the words say which.
+        Some("InvalidSignatureException" | "SignatureDoesNotMatch") if is_about_time(message.as_deref()) => {
+            Reason::ClockSkew
         }
         Some("UnrecognizedClientException" | "InvalidSignatureException") => Reason::NoCredentials,
         Some(code) if code.contains("ExpiredToken") || code.contains("InvalidIdentityToken") => {
             Reason::NoCredentials
         }
         Some(code) if code.contains("AccessDenied") => Reason::AccessDenied,
-        _ if status.is_some_and(|status| status >= 500) => Reason::ServiceError,
+        _ if failure == Failure::Server => Reason::ServiceError,
         Some(_) if credentials => Reason::NoCredentials,
         Some(_) => Reason::AccessDenied,
-        None if status.is_some() || matches!(error, SdkError::ResponseError(_)) => Reason::BadAnswer,
-        None if credentials && !network => Reason::NoCredentials,
+        None if failure == Failure::Answer => Reason::BadAnswer,
+        None if credentials && failure != Failure::Network => Reason::NoCredentials,
         None => Reason::Unreachable,
     };
     let advice = match reason {
         Reason::Throttled => "AWS is throttling; this is tried again with back-off".to_owned(),
+        Reason::ClockSkew => {
+            "AWS takes the request for too old or too new: check the clock of this node".to_owned()
+        }
         Reason::ServiceError => "AWS failed; this is tried again".to_owned(),
         Reason::BadAnswer | Reason::ExpiredOnArrival => {
             "the answer could not be read; is something else answering for AWS?".to_owned()
@@ -300,6 +314,12 @@ fn explain(principal: &Principal, error: &SdkError<GetAuthorizationTokenError>) 
     TokenError { reason, problem: format!("no token for {principal}: {advice} ({said})") }
 }
 
+/// Whether AWS's words about a signature are about its time:
+/// <https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-troubleshooting.html>.
+fn is_about_time(message: Option<&str>) -> bool {
+    message.is_some_and(|m| m.contains("Signature expired") || m.contains("Signature not yet current"))
+}
+
 /// What AWS itself says: the code and the message of the innermost service error.
 fn said(error: &SdkError<GetAuthorizationTokenError>) -> (Option<String>, Option<String>) {
     let own = |meta: &ErrorMetadata| (meta.code().map(str::to_owned), meta.message().map(str::to_owned));
@@ -311,11 +331,34 @@ fn said(error: &SdkError<GetAuthorizationTokenError>) -> (Option<String>, Option
     role.or(web_identity).or_else(|| error.as_service_error().map(|e| own(e.meta()))).unwrap_or_default()
 }
 
-fn is_network<E>(error: &SdkError<E>) -> bool {
-    match error {
-        SdkError::TimeoutError(_) => true,
-        SdkError::DispatchFailure(failure) => failure.is_io() || failure.is_timeout(),
-        _ => false,
+/// How a call to AWS failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// No connection, or no whole answer in time.
+    Network,
+    /// AWS says that it failed.
+    Server,
+    /// AWS says something else.
+    Answer,
+    /// It was not made.
+    NotMade,
+}
+
+impl Failure {
+    fn of<E: std::error::Error + 'static>(error: &SdkError<E>) -> Self {
+        match error {
+            SdkError::TimeoutError(_) => Self::Network,
+            // What could not be sent for want of credentials has nothing to do with the network.
+            SdkError::DispatchFailure(failure) => {
+                match failure.as_connector_error().and_then(|e| find::<CredentialsError>(e)) {
+                    Some(_) => Self::NotMade,
+                    None => Self::Network,
+                }
+            }
+            SdkError::ServiceError(context) if context.raw().status().as_u16() >= 500 => Self::Server,
+            SdkError::ServiceError(_) | SdkError::ResponseError(_) => Self::Answer,
+            _ => Self::NotMade,
+        }
     }
 }
 

@@ -4,8 +4,16 @@
 //! renewed for its duration, measured on the watcher's own clock so that clocks need not agree. Every write carries the
 //! resourceVersion that was read, so that of two writers one fails. See
 //! <https://pkg.go.dev/k8s.io/client-go/tools/leaderelection>.
+//!
+//! Leadership is not a fact but a time until which it holds, and it is looked at before every step of the work: a process that
+//! was suspended does nothing when it wakes up, though its timers are due and nobody has told it yet.
 
-use std::time::{Duration, Instant};
+use std::{
+    future::poll_fn,
+    pin::pin,
+    task::Poll,
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -30,9 +38,46 @@ pub struct Settings {
     pub name: String,
     /// This replica, as the Lease shows it.
     pub holder: String,
-    /// For how long a Lease holds that is not renewed. Leadership is given up after two thirds of it without a renewal,
-    /// and a renewal is tried every seventh of it.
+    /// For how long a Lease holds that is not renewed. Leadership is given up after four fifths of it without a renewal,
+    /// and a renewal is tried every seventh of it, so that it survives an API server that takes a third of it to answer.
     pub duration: Duration,
+}
+
+/// How long a hand-over may take, and a renewal that is under way before it.
+const HANDOVER: Duration = Duration::from_secs(3);
+/// The shortest pause between two attempts.
+const MIN_PAUSE: Duration = Duration::from_millis(100);
+
+/// Whether this replica leads, and until when if nothing more happens.
+#[derive(Clone, Debug)]
+pub struct Leadership(watch::Receiver<Option<Instant>>);
+
+impl Leadership {
+    /// Waits until this replica leads; `false` if it never will, because the election has ended.
+    pub async fn gained(&mut self) -> bool {
+        self.0.wait_for(|until| holds(*until)).await.is_ok()
+    }
+
+    /// Does `work` while this replica leads, and drops it on the spot when it does not any more: then, `None`.
+    pub async fn during<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let mut changes = self.0.clone();
+        let mut lost = pin!(async move {
+            // An election that is gone has lost, too.
+            let _ = changes.wait_for(|until| !holds(*until)).await;
+        });
+        let mut work = pin!(work);
+        poll_fn(|context| {
+            if lost.as_mut().poll(context).is_ready() || !holds(*self.0.borrow()) {
+                return Poll::Ready(None);
+            }
+            work.as_mut().poll(context).map(Some)
+        })
+        .await
+    }
+}
+
+fn holds(until: Option<Instant>) -> bool {
+    until.is_some_and(|until| Instant::now() < until)
 }
 
 /// A competitor for the Lease.
@@ -40,68 +85,87 @@ pub struct Settings {
 pub struct Election {
     api: Api<Lease>,
     settings: Settings,
-    leading: watch::Sender<bool>,
+    leading: watch::Sender<Option<Instant>>,
     gauge: Gauge,
-    /// The Lease as it was read last, and when it was first seen so.
+    /// The Lease as it was read or written last, and when it was first seen so.
     seen: Option<(Lease, Instant)>,
-    renewed: Instant,
+    /// When the last write was sent: nobody can have seen it before.
+    sent: Instant,
 }
 
 impl Election {
-    /// A competitor that says through `leading` whether it holds the Lease.
+    /// A competitor, and what it achieves.
     #[must_use]
     pub fn new(
         client: Client,
         namespace: &str,
         settings: Settings,
-        leading: watch::Sender<bool>,
         registry: &mut Registry,
-    ) -> Self {
+    ) -> (Self, Leadership) {
         let gauge = Gauge::default();
         registry.register("leader", "1 while this replica is the leader, else 0", gauge.clone());
         let api = Api::namespaced(client, namespace);
-        Self { api, settings, leading, gauge, seen: None, renewed: Instant::now() }
+        let (leading, leadership) = watch::channel(None);
+        (Self { api, settings, leading, gauge, seen: None, sent: Instant::now() }, Leadership(leadership))
     }
 
     /// Competes until `shutdown`, then hands the Lease over.
     pub async fn run(mut self, shutdown: CancellationToken) {
-        let retry = self.settings.duration / 7;
         while !shutdown.is_cancelled() {
-            let attempt = Instant::now();
+            let began = Instant::now();
             // A leader gives up well before anyone else may take over, whatever it is waiting for then.
-            let deadline = (*self.leading.borrow()).then(|| self.renewed + self.settings.duration * 2 / 3);
-            let patience = attempt + self.settings.duration / 3;
-            let until = deadline.map_or(patience, |deadline| patience.min(deadline));
-            match tokio::time::timeout_at(until.into(), self.attempt()).await {
-                Ok(Ok(true)) => {
-                    self.renewed = attempt;
-                    self.lead(true);
-                }
-                Ok(Ok(false)) => self.lead(false),
+            let deadline = self.leading_until().unwrap_or(began + self.settings.duration);
+            // A renewal that is under way would overtake the hand-over.
+            let patience = if self.leading.borrow().is_some() { HANDOVER } else { Duration::ZERO };
+            let attempt = tokio::time::timeout_at(deadline.into(), self.attempt());
+            let enough = async {
+                shutdown.cancelled().await;
+                tokio::time::sleep(patience).await;
+            };
+            let attempt = tokio::select! {
+                () = enough => break,
+                attempt = attempt => attempt,
+            };
+            match attempt {
+                Ok(Ok(true)) => self.lead(Some(self.sent + self.settings.duration * 4 / 5)),
+                Ok(Ok(false)) => self.lead(None),
                 Ok(Err(error)) => {
                     warn!(error = %chain(&error), "the Lease cannot be read or written; trying again");
                 }
                 Err(_) => warn!("the API server does not answer about the Lease; trying again"),
             }
-            let next = Instant::now() + retry.mul_f64(0.9 + 0.2 * fastrand::f64());
-            let deadline = (*self.leading.borrow()).then(|| self.renewed + self.settings.duration * 2 / 3);
+            // Counted from the beginning of this attempt, so that a slow API server does not make renewals rare.
+            let retry = (self.settings.duration / 7).mul_f64(0.9 + 0.2 * fastrand::f64());
+            let next = (began + retry).max(Instant::now() + MIN_PAUSE);
+            let next = self.leading_until().map_or(next, |deadline| next.min(deadline));
             tokio::select! {
                 () = shutdown.cancelled() => {}
-                () = tokio::time::sleep_until(deadline.map_or(next, |deadline| next.min(deadline)).into()) => {}
+                () = tokio::time::sleep_until(next.into()) => {}
             }
-            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                self.lead(false);
+            if self.leading_until().is_some_and(|deadline| deadline <= Instant::now()) {
+                self.lead(None);
             }
         }
-        if *self.leading.borrow() {
-            self.lead(false);
+        if self.leading_until().is_some() {
+            self.lead(None);
             self.release().await;
         }
     }
 
+    fn leading_until(&self) -> Option<Instant> {
+        *self.leading.borrow()
+    }
+
     /// Takes or renews the Lease if that is allowed. Returns whether it is ours.
     async fn attempt(&mut self) -> kube::Result<bool> {
-        let Some(lease) = self.api.get_opt(&self.settings.name).await? else {
+        // A leader knows what it wrote last. If that is not what is there any more, its write fails, and it reads again.
+        let known = self.seen.take_if(|_| self.leading.borrow().is_some()).map(|(lease, _)| lease);
+        let lease = match known {
+            Some(lease) => Some(lease),
+            None => self.api.get_opt(&self.settings.name).await?,
+        };
+        let Some(lease) = lease else {
+            self.sent = Instant::now();
             let lease = Lease {
                 metadata: ObjectMeta { name: Some(self.settings.name.clone()), ..ObjectMeta::default() },
                 spec: Some(self.spec(None)),
@@ -123,6 +187,7 @@ impl Election {
         }
         // The metadata carry the resourceVersion that was read: if anyone wrote since, this is a conflict.
         let lease = Lease { spec: Some(self.spec(Some(&spec))), metadata: lease.metadata };
+        self.sent = Instant::now();
         self.written(self.api.replace(&self.settings.name, &PostParams::default(), &lease).await)
     }
 
@@ -133,7 +198,7 @@ impl Election {
                 Ok(true)
             }
             // While we lead, it may have been anyone, and the next attempt shows who holds it.
-            Err(kube::Error::Api(status)) if status.code == 409 && !*self.leading.borrow() => {
+            Err(kube::Error::Api(status)) if status.code == 409 && self.leading.borrow().is_none() => {
                 debug!("another replica wrote the Lease first");
                 Ok(false)
             }
@@ -143,7 +208,7 @@ impl Election {
 
     fn spec(&self, old: Option<&LeaseSpec>) -> LeaseSpec {
         let now = MicroTime(Timestamp::now());
-        let same = old.filter(|o| o.holder_identity.as_deref() == Some(self.settings.holder.as_str()));
+        let same = old.filter(|o| self.is_ours(o));
         LeaseSpec {
             holder_identity: Some(self.settings.holder.clone()),
             lease_duration_seconds: i32::try_from(self.settings.duration.as_secs().max(1)).ok(),
@@ -157,31 +222,38 @@ impl Election {
         }
     }
 
-    fn lead(&self, leads: bool) {
+    fn lead(&self, until: Option<Instant>) {
+        let leads = until.is_some();
         self.gauge.set(leads.into());
-        let changed = self.leading.send_if_modified(|was| std::mem::replace(was, leads) != leads);
-        if changed {
+        if self.leading.send_replace(until).is_some() != leads {
             info!(holder = self.settings.holder, leads, "leadership");
         }
     }
 
     /// Leaves the Lease without a holder, so that another replica leads at once.
     async fn release(&self) {
-        let Some((lease, _)) = &self.seen else { return };
-        let mut lease = lease.clone();
-        if let Some(spec) = &mut lease.spec {
+        let release = async {
+            let mut lease = match &self.seen {
+                Some((lease, _)) => lease.clone(),
+                // A renewal was under way.
+                None => self.api.get(&self.settings.name).await?,
+            };
+            let Some(spec) = lease.spec.as_mut().filter(|spec| self.is_ours(spec)) else { return Ok(()) };
             spec.holder_identity = Some(String::new());
             spec.lease_duration_seconds = Some(1);
             spec.renew_time = Some(MicroTime(Timestamp::now()));
-        }
-        let params = PostParams::default();
-        let replace = self.api.replace(&self.settings.name, &params, &lease);
-        match tokio::time::timeout(Duration::from_secs(3), replace).await {
-            Ok(Ok(_)) => info!("handed the Lease over"),
+            self.api.replace(&self.settings.name, &PostParams::default(), &lease).await.map(|_| ())
+        };
+        match tokio::time::timeout(HANDOVER, release).await {
+            Ok(Ok(())) => info!("handed the Lease over"),
             Ok(Err(error)) => {
                 warn!(error = %chain(&error), "the Lease could not be handed over; it will run out")
             }
             Err(_) => warn!("the Lease could not be handed over in time; it will run out"),
         }
+    }
+
+    fn is_ours(&self, spec: &LeaseSpec) -> bool {
+        spec.holder_identity.as_deref() == Some(self.settings.holder.as_str())
     }
 }

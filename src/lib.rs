@@ -12,7 +12,8 @@
 //!
 //! **An alias**, from an object to the pods that it concerns: [`watch`] (edge) → [`crd`] → [`alias`] → [`table`], and on
 //! the leader [`dns`] (edge) → [`matching`] with [`scope`] → [`registration`] (edge), with a certificate from [`issuer`] and
-//! [`serving_cert`] (edges); what came of it all is said by [`status`] (edge).
+//! [`serving_cert`] (edges); what came of it all is said by [`status`] and
+//! [`events`] (edges).
 //!
 //! **A token**, from an identity to every namespace, on the leader ([`lease`], edge): [`registry`] → [`ecr`] →
 //! [`tokens`] (edges) → [`pull_secret`] and [`dockerconfig`] (core) → [`secrets`] (edge).
@@ -40,9 +41,11 @@ pub mod table;
 
 pub mod admin;
 pub mod cleanup;
+mod client;
 pub mod client_auth;
 pub mod dns;
 pub mod ecr;
+pub mod events;
 pub mod issuer;
 pub mod lease;
 pub mod registration;

@@ -7,7 +7,7 @@ use arc_swap::ArcSwap;
 use jiff::SignedDuration;
 use k8s_openapi::api::{admissionregistration::v1::MutatingWebhookConfiguration, core::v1::Secret};
 use kube::{
-    Api, Client, Config,
+    Api, Client,
     runtime::events::{Recorder, Reporter},
 };
 use prometheus_client::registry::Registry;
@@ -23,10 +23,13 @@ use tracing::{info, warn};
 use crate::{
     admin::{self, Readiness},
     args::{CertificateMode, ControllerArgs, Process, WebhookArgs},
+    client::client,
     client_auth::ClientAuth,
     dns::{self, Dns},
     ecr::Ecr,
-    issuer, lease,
+    events::Events,
+    issuer,
+    lease::{self, Leadership},
     matching::{Endpoint, EntrySettings},
     metrics, registration,
     scope::Scope,
@@ -36,7 +39,7 @@ use crate::{
     status,
     table::AliasTable,
     tokens::{self, TokenMetrics},
-    watch::{Aliases, READ_TIMEOUT, bounded, follow_aliases, follow_one},
+    watch::{Aliases, WatchTimeout, follow_aliases, follow_one},
     webhook::{self, Webhook},
 };
 
@@ -91,8 +94,9 @@ pub async fn run(
         "starting"
     );
     // First of all: as the first process of a container, one that has no handler is not stopped by SIGTERM.
+    let watch_timeout = WatchTimeout::new(process.watch_timeout);
     let signals = Signals::new().context("signals cannot be handled")?;
-    let client = client().await?;
+    let client = client(watch_timeout.read_timeout()).await?;
     let mut tasks = Tasks { set: JoinSet::new(), shutdown: CancellationToken::new() };
     let readiness = Readiness::default();
 
@@ -101,14 +105,14 @@ pub async fn run(
     let gate = readiness.gate("the aliases");
     tasks.spawn_until_shutdown(
         "alias watch",
-        follow_aliases(client.clone(), aliases_send, table.clone(), gate),
+        follow_aliases(client.clone(), watch_timeout, aliases_send, table.clone(), gate),
     );
 
     let (certificate_send, certificate) = watch::channel(None::<Arc<Secret>>);
     let api: Api<Secret> = Api::namespaced(client.clone(), &process.names.namespace);
     let (name, gate) = (process.names.certificate_secret.clone(), readiness.gate("the certificate's Secret"));
     tasks.spawn_until_shutdown("certificate watch", async move {
-        follow_one(api, &name, certificate_send, gate).await;
+        follow_one(api, &name, watch_timeout, certificate_send, gate).await;
     });
 
     let mut parts = Parts {
@@ -180,7 +184,14 @@ impl Parts {
         if let Some(clients) = clients {
             self.tasks.spawn_until_shutdown("client CA", clients.follow(pem, serving, tls_send));
         }
-        let serve = webhook::serve(listener, tls, webhook, self.tasks.shutdown.clone(), self.process.drain);
+        let serve = webhook::serve(
+            listener,
+            tls,
+            webhook,
+            self.readiness.clone(),
+            self.tasks.shutdown.clone(),
+            self.process.drain,
+        );
         self.tasks.try_spawn("webhook server", async { serve.await.context("the webhook server failed") });
         Ok(())
     }
@@ -190,8 +201,9 @@ impl Parts {
         let api: Api<MutatingWebhookConfiguration> = Api::all(self.client.clone());
         let name = args.kept.webhook_configuration.clone();
         let gate = self.readiness.gate("the MutatingWebhookConfiguration");
+        let timeout = WatchTimeout::new(self.process.watch_timeout);
         self.tasks.spawn_until_shutdown("webhook configuration watch", async move {
-            follow_one(api, &name, configuration_send, gate).await;
+            follow_one(api, &name, timeout, configuration_send, gate).await;
         });
 
         let leader = Leader {
@@ -207,17 +219,15 @@ impl Parts {
             secret_metrics: secrets::SecretMetrics::new(&mut self.registry),
         };
         let synced = leader.synced();
-        let (leading_send, leading) = watch::channel(false);
         let settings = lease::Settings {
             name: leader.args.kept.lease.clone(),
             holder: format!("{}_{:08x}", self.process.pod_name, fastrand::u32(..)),
             duration: leader.args.lease_duration,
         };
-        let election = lease::Election::new(
+        let (election, leadership) = lease::Election::new(
             self.client.clone(),
             &self.process.names.namespace,
             settings,
-            leading_send,
             &mut self.registry,
         );
         let shutdown = self.tasks.shutdown.clone();
@@ -229,7 +239,7 @@ impl Parts {
             }
             election.run(shutdown).await;
         });
-        self.tasks.spawn_until_shutdown("leader", leader.lead_while(leading));
+        self.tasks.spawn_until_shutdown("leader", leader.lead_while(leadership));
         Ok(())
     }
 }
@@ -261,26 +271,15 @@ impl Leader {
         }
     }
 
-    /// Acts while `leading` says so. What is under way when it no longer does is dropped on the spot.
-    async fn lead_while(self, mut leading: watch::Receiver<bool>) {
-        loop {
-            if leading.wait_for(|leads| *leads).await.is_err() {
+    /// Acts while it leads. What is under way when it no longer does is dropped on the spot.
+    async fn lead_while(self, mut leadership: Leadership) {
+        while leadership.gained().await {
+            if leadership.during(self.lead()).await.is_some() {
                 return;
             }
-            let lost = leading.clone();
-            let lost = async move {
-                let mut lost = lost;
-                // An election that is gone has lost, too.
-                let _ = lost.wait_for(|leads| !*leads).await;
-            };
-            tokio::select! {
-                () = lost => {
-                    warn!("not the leader any more");
-                    self.token_metrics.clear();
-                    self.secret_metrics.clear();
-                }
-                () = self.lead() => return,
-            }
+            warn!("not the leader any more");
+            self.token_metrics.clear();
+            self.secret_metrics.clear();
         }
     }
 
@@ -292,7 +291,7 @@ impl Leader {
         let (registered_send, registered) = watch::channel(Arc::default());
         let reporter =
             Reporter { controller: "ecr-cname".into(), instance: Some(self.process.pod_name.clone()) };
-        let recorder = Recorder::new(self.client.clone(), reporter);
+        let (events, events_written) = Events::new(Recorder::new(self.client.clone(), reporter));
         let scope = self.scope();
         let bounds =
             dns::Bounds { min: self.args.dns_min_ttl, max: self.args.dns_max_ttl.max(self.args.dns_min_ttl) };
@@ -301,11 +300,15 @@ impl Leader {
             tokens::keep(self.ecr.clone(), self.aliases.clone(), tokens_send, self.token_metrics.clone());
         let secrets = secrets::keep(
             self.client.clone(),
-            secrets::Settings { name: self.process.names.pull_secret.clone(), scope: scope.clone() },
+            secrets::Settings {
+                name: self.process.names.pull_secret.clone(),
+                scope: scope.clone(),
+                watch_timeout: WatchTimeout::new(self.process.watch_timeout),
+            },
             self.aliases.clone(),
             tokens.clone(),
             summary_send,
-            recorder.clone(),
+            events.clone(),
             self.secret_metrics.clone(),
         );
         let registration = registration::keep(
@@ -323,7 +326,7 @@ impl Leader {
             registered_send,
         );
         let sources = status::Sources { aliases: self.aliases.clone(), answers, tokens, summary, registered };
-        let status = status::keep(self.client.clone(), sources, recorder);
+        let status = status::keep(self.client.clone(), sources, events);
         tokio::select! {
             () = dns => {}
             () = tokens_kept => {}
@@ -331,6 +334,7 @@ impl Leader {
             () = registration => {}
             () = status => {}
             () = self.issue() => {}
+            () = events_written => {}
         }
     }
 
@@ -436,26 +440,6 @@ fn obituary(
         Some(Err(panic)) => anyhow!("a task died: {panic}"),
         None => anyhow!("there is nothing to do"),
     }
-}
-
-/// A client of the API server, as every part of the program uses it.
-pub(crate) async fn client() -> anyhow::Result<Client> {
-    let mut config = Config::infer()
-        .await
-        .context("no way to the API server: run in a cluster, or set KUBECONFIG to a kubeconfig file")?;
-    config.connect_timeout = Some(Duration::from_secs(5));
-    // A list or the head of a watch that never comes must be noticed, too. A watch that is idle gets bookmarks, and ends
-    // before this.
-    config.read_timeout = Some(READ_TIMEOUT);
-    // Every loop of ours has a back-off of its own; a second one below it would only hide what happens.
-    config.default_retry = false;
-    let client = Client::try_from(config).context("the client of the API server cannot be set up")?;
-    match bounded(client.apiserver_version()).await {
-        Ok(version) => info!(kubernetes = version.git_version, "reached the API server"),
-        // It may come up later; every watch tries again by itself.
-        Err(error) => warn!(error = %crate::watch::chain(&error), "the API server cannot be reached yet"),
-    }
-    Ok(client)
 }
 
 fn listen(address: std::net::SocketAddr, what: &str) -> anyhow::Result<TcpListener> {

@@ -21,7 +21,7 @@ use kube::{
     Api, Client,
     api::ListParams,
     core::PartialObjectMeta,
-    runtime::events::{Event, EventType, Recorder},
+    runtime::events::{Event, EventType},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -31,10 +31,11 @@ use tracing::{debug, info, warn};
 
 use crate::{
     crd::PullSecret,
+    events::Events,
     pull_secret::{MANAGED_BY, Observed, Plan, Wanted, plan},
     scope::Scope,
     tokens::Tokens,
-    watch::{Aliases, Change, bounded, chain},
+    watch::{Aliases, Change, WatchTimeout, bounded, chain},
 };
 use call::{Call, CallError};
 pub use metrics::SecretMetrics;
@@ -44,14 +45,14 @@ use watches::{Place, Seen};
 
 /// How many calls run at one time.
 const CONCURRENCY: usize = 32;
-/// The longest pause before a namespace that failed is tried again.
+/// The longest pause before a namespace that was refused is tried again.
 const MAX_BACKOFF: Duration = Duration::from_secs(300);
+/// The longest pause where it is the API server that failed: when it works again, nobody shall wait for long.
+const MAX_BACKOFF_OF_FAILURES: Duration = Duration::from_secs(15);
 /// How often the summary is made anew at the most.
 const SUMMARY_EVERY: Duration = Duration::from_millis(250);
 /// How many problems a summary names.
 const MAX_PROBLEMS: usize = 3;
-/// How many Events may wait to be written; further ones are dropped, for the condition says the same.
-const EVENTS: usize = 64;
 
 /// Which Secrets are kept, and where not.
 #[derive(Clone, Debug)]
@@ -60,6 +61,8 @@ pub struct Settings {
     pub name: String,
     /// The namespaces that get one.
     pub scope: Scope,
+    /// How long their watches last.
+    pub watch_timeout: WatchTimeout,
 }
 
 /// How far the pull secrets have come, by the name of the alias.
@@ -85,15 +88,15 @@ pub async fn keep(
     aliases: watch::Receiver<Arc<Aliases>>,
     tokens: watch::Receiver<Arc<Tokens>>,
     summary: watch::Sender<Arc<Summary>>,
-    recorder: Recorder,
+    events: Events,
     metrics: SecretMetrics,
 ) {
     let (send, changes) = mpsc::unbounded_channel();
     let places = Place::all(&settings.scope);
     let name = settings.name.clone();
-    let mut watches: FuturesUnordered<_> =
-        places.iter().map(|place| place.clone().follow(client.clone(), &name, send.clone())).collect();
-    let (events, reports) = mpsc::channel(EVENTS);
+    let timeout = settings.watch_timeout;
+    let follow = |place: &Place| place.clone().follow(client.clone(), &name, timeout, send.clone());
+    let mut watches: FuturesUnordered<_> = places.iter().map(follow).collect();
     let keeper = Keeper {
         client,
         settings,
@@ -110,7 +113,6 @@ pub async fn keep(
     };
     tokio::select! {
         _ = watches.next() => {},
-        () = report(recorder, reports) => {},
         () = keeper.run(changes) => {},
     }
 }
@@ -121,7 +123,7 @@ struct Keeper {
     aliases: watch::Receiver<Arc<Aliases>>,
     tokens: watch::Receiver<Arc<Tokens>>,
     summary: watch::Sender<Arc<Summary>>,
-    events: mpsc::Sender<(ObjectReference, Event)>,
+    events: Events,
     metrics: SecretMetrics,
     namespaces: BTreeMap<String, State>,
     groups: Groups,
@@ -395,7 +397,8 @@ impl Keeper {
             Err(error) => {
                 let pause =
                     Duration::from_secs(1).saturating_mul(2u32.saturating_pow(state.failures.min(16)));
-                let pause = pause.min(MAX_BACKOFF).mul_f64(0.75 + 0.5 * fastrand::f64());
+                let longest = if error.is_refusal() { MAX_BACKOFF } else { MAX_BACKOFF_OF_FAILURES };
+                let pause = pause.min(longest).mul_f64(0.75 + 0.5 * fastrand::f64());
                 state.failures = state.failures.saturating_add(1);
                 state.not_before = Some(Instant::now() + pause);
                 let problem = format!("Secret {:?} cannot be written: {}", self.settings.name, chain(&error));
@@ -435,8 +438,7 @@ impl Keeper {
             action: "SyncPullSecret".to_owned(),
             secondary: None,
         };
-        // Where too many wait already, the condition and the log have to do.
-        let _ = self.events.try_send((secret, event));
+        self.events.say(secret, event);
     }
 
     fn summarise(&self) {
@@ -494,10 +496,10 @@ fn selecting(
 ///
 /// # Errors
 /// The Secrets could not be listed.
-pub async fn delete_all(client: &Client, settings: &Settings) -> kube::Result<(usize, usize)> {
-    let params = ListParams::default().fields(&format!("metadata.name={}", settings.name));
+pub async fn delete_all(client: &Client, name: &str, scope: &Scope) -> kube::Result<(usize, usize)> {
+    let params = ListParams::default().fields(&format!("metadata.name={name}"));
     let (mut ours, mut failed) = (0, 0);
-    for place in Place::all(&settings.scope) {
+    for place in Place::all(scope) {
         for secret in &bounded(place.secrets(client.clone()).list(&params)).await?.items {
             let observed = Observed::of(secret);
             if !observed.ours {
@@ -506,7 +508,7 @@ pub async fn delete_all(client: &Client, settings: &Settings) -> kube::Result<(u
             ours += 1;
             let namespace = secret.metadata.namespace.as_deref().unwrap_or_default();
             let api = Api::namespaced(client.clone(), namespace);
-            match Call::Delete(observed).perform(&api, &settings.name).await {
+            match Call::Delete(observed).perform(&api, name).await {
                 Ok(_) => info!(namespace, "deleted the pull secret"),
                 Err(error) => {
                     failed += 1;
@@ -516,15 +518,6 @@ pub async fn delete_all(client: &Client, settings: &Settings) -> kube::Result<(u
         }
     }
     Ok((ours, failed))
-}
-
-/// Writes Events, one after the other.
-async fn report(recorder: Recorder, mut reports: mpsc::Receiver<(ObjectReference, Event)>) {
-    while let Some((regarding, event)) = reports.recv().await {
-        if let Err(error) = bounded(recorder.publish(&event, &regarding)).await {
-            debug!(error = %chain(&error), "an event could not be written");
-        }
-    }
 }
 
 async fn sleep_until(at: Option<Instant>) {

@@ -4,6 +4,7 @@
 //! time for a handshake, for a request to arrive, and for nothing at all. What is over a bound is paid for by those who take
 //! most and give least; the ledger decides who that is.
 
+mod heard;
 mod ledger;
 
 use std::{
@@ -42,8 +43,9 @@ use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 use tracing::{debug, error, warn};
 
+use heard::Heard;
 pub use ledger::ServerMetrics;
-use ledger::{Charge, Ledger, Seat};
+use ledger::{Charge, IDLE, Ledger, Seat};
 
 /// What the clients of one port may take.
 #[derive(Clone, Copy, Debug)]
@@ -132,8 +134,9 @@ fn builder(time: Duration) -> auto::Builder<TokioExecutor> {
     builder
         .http1()
         .timer(TokioTimer::new())
-        // It runs from the end of the last answer, so that it is also the most time between two requests.
-        .header_read_timeout(time)
+        // It runs from the end of the last answer, so it must not be shorter than a connection may be idle: it would be closed
+        // under the API server. Headers that have begun and do not end are the ledger's to see.
+        .header_read_timeout(IDLE + SWEEP * 2)
         .max_buf_size(64 * 1024);
     builder
         .http2()
@@ -163,14 +166,17 @@ impl Port {
     async fn welcome(self: Arc<Self>, stream: TcpStream, tls: Option<TlsAcceptor>, seat: Seat) {
         // An answer is small, and nothing follows that it could be sent with.
         let _ = stream.set_nodelay(true);
-        let Some(tls) = tls else { return self.converse(stream, seat).await };
+        let Some(tls) = tls else { return self.converse(stream, true, seat).await };
         let closed = seat.clone();
         let shaken = tokio::select! {
             () = closed.closed() => return,
             shaken = timeout(self.limits.time, tls.accept(stream)) => shaken,
         };
         match shaken {
-            Ok(Ok(stream)) => self.converse(stream, seat).await,
+            Ok(Ok(stream)) => {
+                let http1 = stream.get_ref().1.alpn_protocol() != Some(b"h2");
+                self.converse(stream, http1, seat).await;
+            }
             Ok(Err(error)) => {
                 seat.failed_handshake();
                 debug!(%error, "a TLS handshake failed");
@@ -182,7 +188,7 @@ impl Port {
         }
     }
 
-    async fn converse<I>(self: Arc<Self>, io: I, seat: Seat)
+    async fn converse<I>(self: Arc<Self>, io: I, http1: bool, seat: Seat)
     where
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
@@ -191,7 +197,8 @@ impl Port {
             let charge = requests.request();
             port.clone().respond(request, charge)
         });
-        let mut connection = std::pin::pin!(self.builder.serve_connection(TokioIo::new(io), service));
+        let io = TokioIo::new(Heard { io, seat: seat.clone(), http1 });
+        let mut connection = std::pin::pin!(self.builder.serve_connection(io, service));
         let patience = tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {

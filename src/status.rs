@@ -4,21 +4,23 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use futures::{StreamExt as _, stream};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{
     Api, Client, Resource as _,
     api::{Patch, PatchParams},
-    runtime::events::{Event, EventType, Recorder},
+    runtime::events::{Event, EventType},
 };
 use serde_json::json;
 use tokio::sync::watch;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     alias::{Alias, Refusal, Target},
     crd::{Namespaces, PullSecret, RegistryAlias, RegistryAliasStatus},
     dns::{Answer, Answers},
+    events::Events,
     pull_secret::FIELD_MANAGER,
     registration::Registered,
     secrets::{Summary, Synced},
@@ -26,6 +28,8 @@ use crate::{
     watch::{Aliases, bounded, chain},
 };
 
+/// How many statuses are written at one time.
+const CONCURRENCY: usize = 16;
 /// The shortest time between two rounds of writes.
 const ROUND: Duration = Duration::from_millis(200);
 /// How long a new leader waits for its own picture of the namespaces before it writes what it knows.
@@ -49,7 +53,7 @@ pub struct Sources {
 }
 
 /// Keeps the status of every alias, for ever.
-pub async fn keep(client: Client, mut sources: Sources, recorder: Recorder) {
+pub async fn keep(client: Client, mut sources: Sources, events: Events) {
     let api: Api<RegistryAlias> = Api::all(client);
     // What was written last, and to which version of the object.
     let mut written: BTreeMap<String, (Option<String>, RegistryAliasStatus)> = BTreeMap::new();
@@ -74,7 +78,7 @@ pub async fn keep(client: Client, mut sources: Sources, recorder: Recorder) {
             aliases.accepted.refused.iter().map(|(name, refusal)| (name.as_str(), refusal)).collect();
         let accepted: BTreeMap<&str, &Alias> =
             aliases.accepted.aliases.iter().map(|alias| (alias.name.as_str(), alias)).collect();
-        let mut failed = false;
+        let mut due = Vec::new();
         for (name, object) in &aliases.objects {
             let verdict = match (accepted.get(name.as_str()), refused.get(name.as_str())) {
                 (Some(alias), _) => Ok(*alias),
@@ -94,12 +98,20 @@ pub async fn keep(client: Client, mut sources: Sources, recorder: Recorder) {
             let last = written.get(name).filter(|(base, _)| *base == object.metadata.resource_version);
             let old = last.map(|(_, status)| status).or(object.status.as_ref());
             let new = judge(object, old, &facts, now);
-            if Some(&new) == old {
-                continue;
+            if Some(&new) != old {
+                let (old, api) = (old.cloned(), &api);
+                due.push(Box::pin(async move {
+                    let result = write(api, name, &new).await;
+                    (name, object, old, new, result)
+                }));
             }
-            match write(&api, name, &new).await {
+        }
+        let done: Vec<_> = stream::iter(due).buffer_unordered(CONCURRENCY).collect().await;
+        let mut failed = false;
+        for (name, object, old, new, result) in done {
+            match result {
                 Ok(()) => {
-                    announce(&recorder, object, old, &new).await;
+                    announce(&events, object, old.as_ref(), &new);
                     written.insert(name.clone(), (object.metadata.resource_version.clone(), new));
                 }
                 Err(kube::Error::Api(status)) if status.code == 404 => {}
@@ -273,6 +285,7 @@ fn reason_of(error: &crate::ecr::TokenError) -> &'static str {
     match error.reason {
         Reason::AccessDenied => "AccessDenied",
         Reason::NoCredentials => "NoCredentials",
+        Reason::ClockSkew => "ClockSkew",
         Reason::Throttled => "Throttled",
         Reason::Unreachable => "AWSUnreachable",
         Reason::ServiceError => "AWSError",
@@ -362,8 +375,8 @@ async fn write(api: &Api<RegistryAlias>, name: &str, status: &RegistryAliasStatu
 }
 
 /// Writes an Event for each condition that became another.
-async fn announce(
-    recorder: &Recorder,
+fn announce(
+    events: &Events,
     object: &RegistryAlias,
     old: Option<&RegistryAliasStatus>,
     new: &RegistryAliasStatus,
@@ -401,8 +414,6 @@ async fn announce(
             action: "Reconcile".to_owned(),
             secondary: None,
         };
-        if let Err(error) = bounded(recorder.publish(&event, &object.object_ref(&()))).await {
-            debug!(error = %chain(&error), "an event could not be written");
-        }
+        events.say(object.object_ref(&()), event);
     }
 }

@@ -7,7 +7,7 @@ use futures::TryStreamExt as _;
 use kube::{
     Api, Client, Resource, ResourceExt,
     core::DeserializeGuard,
-    runtime::{WatchStreamExt as _, watcher},
+    runtime::{WatchStreamExt as _, utils::Backoff, watcher},
 };
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
@@ -20,15 +20,59 @@ use crate::{
     table::AliasTable,
 };
 
-/// After how long without a word a watch is given up and begun anew, in seconds. A connection that died silently is
-/// noticed 5 seconds after that.
-const WATCH_TIMEOUT: u32 = 120;
+/// How long a watch lasts before it is begun anew. A connection that died silently is noticed 5 seconds after that.
+#[derive(Clone, Copy, Debug)]
+pub struct WatchTimeout(u32);
 
-/// How long the API server may be silent while an answer is awaited: longer than any watch lasts.
-pub const READ_TIMEOUT: Duration = Duration::from_secs(WATCH_TIMEOUT as u64 + 10);
+impl WatchTimeout {
+    /// In whole seconds, as the API server takes it.
+    #[must_use]
+    pub fn new(time: Duration) -> Self {
+        Self(u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1))
+    }
+
+    /// How long the API server may be silent while an answer is awaited: longer than any watch lasts.
+    #[must_use]
+    pub fn read_timeout(self) -> Duration {
+        Duration::from_secs(u64::from(self.0) + 10).max(CALL_TIMEOUT)
+    }
+}
 
 /// How long a single call to the API server may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The pauses of a watch that fails: from half a second to five, each give or take half of it, and from the start again when
+/// anything was heard. kube's own grow to a minute, and an alias must not be unknown for so long because the API server
+/// restarted.
+#[derive(Debug)]
+struct WatchBackoff(Duration);
+
+impl WatchBackoff {
+    const FIRST: Duration = Duration::from_millis(500);
+    const LONGEST: Duration = Duration::from_secs(5);
+}
+
+impl Default for WatchBackoff {
+    fn default() -> Self {
+        Self(Self::FIRST)
+    }
+}
+
+impl Iterator for WatchBackoff {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = self.0.mul_f64(0.5 + fastrand::f64());
+        self.0 = (self.0 * 2).min(Self::LONGEST);
+        Some(pause)
+    }
+}
+
+impl Backoff for WatchBackoff {
+    fn reset(&mut self) {
+        self.0 = Self::FIRST;
+    }
+}
 
 /// What a watch says.
 #[derive(Debug)]
@@ -42,13 +86,17 @@ pub enum Change<K> {
 }
 
 /// Follows objects for ever. Errors are logged and tried again with back-off; nothing is said until a list is whole.
-pub async fn follow<K>(api: Api<K>, config: watcher::Config, mut on_change: impl FnMut(Change<K>))
-where
+pub async fn follow<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    timeout: WatchTimeout,
+    mut on_change: impl FnMut(Change<K>),
+) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
     K::DynamicType: Default,
 {
     let kind = K::kind(&K::DynamicType::default()).into_owned();
-    let mut events = pin!(watcher(api, config.timeout(WATCH_TIMEOUT)).default_backoff());
+    let mut events = pin!(watcher(api, config.timeout(timeout.0)).backoff(WatchBackoff::default()));
     let mut initial = Vec::new();
     loop {
         match events.try_next().await {
@@ -67,13 +115,18 @@ where
 }
 
 /// Follows the one object of a name: `None` while it does not exist. `gate` opens when that is known.
-pub async fn follow_one<K>(api: Api<K>, name: &str, state: watch::Sender<Option<Arc<K>>>, gate: Gate)
-where
+pub async fn follow_one<K>(
+    api: Api<K>,
+    name: &str,
+    timeout: WatchTimeout,
+    state: watch::Sender<Option<Arc<K>>>,
+    gate: Gate,
+) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
     K::DynamicType: Default,
 {
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
-    follow(api, config, |change| {
+    follow(api, config, timeout, |change| {
         state.send_replace(match change {
             Change::All(objects) => objects.into_iter().next().map(Arc::new),
             Change::Applied(object) => Some(Arc::new(object)),
@@ -96,6 +149,7 @@ pub struct Aliases {
 /// Follows the aliases into `state`, and into the table that admissions are decided with.
 pub async fn follow_aliases(
     client: Client,
+    timeout: WatchTimeout,
     state: watch::Sender<Arc<Aliases>>,
     table: Arc<ArcSwap<AliasTable>>,
     gate: Gate,
@@ -111,7 +165,7 @@ pub async fn follow_aliases(
             None
         }
     };
-    follow(api, watcher::Config::default(), |change| {
+    follow(api, watcher::Config::default(), timeout, |change| {
         match change {
             Change::All(all) => objects = all.into_iter().filter_map(valid).collect(),
             Change::Applied(guard) => {

@@ -14,7 +14,10 @@ use axum::{
     Router,
     body::to_bytes,
     extract::{Request as HttpRequest, State},
-    http::{HeaderValue, StatusCode, header::CONTENT_TYPE},
+    http::{
+        HeaderValue, StatusCode, Version,
+        header::{CONNECTION, CONTENT_TYPE},
+    },
     response::{IntoResponse, Response},
     routing::post,
 };
@@ -33,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use crate::{
+    admin::Readiness,
     matching::FailurePolicy,
     mutate::{Mutation, Verdict, mutate},
     review::{self, BadReview, Operation, Request},
@@ -100,8 +104,8 @@ impl Webhook {
     }
 
     /// The routes: `POST /mutate/GROUP/DIGEST`, as [`crate::matching`] registers them.
-    pub fn router(self: Arc<Self>) -> Router {
-        Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state(self)
+    pub fn router(self: Arc<Self>, readiness: Readiness) -> Router {
+        Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state((self, readiness))
     }
 
     /// Answers one request that came for a group of aliases, from a webhook entry with that digest.
@@ -210,14 +214,19 @@ pub async fn serve(
     listener: TcpListener,
     tls: watch::Receiver<Arc<ServerConfig>>,
     webhook: Arc<Webhook>,
+    readiness: Readiness,
     shutdown: CancellationToken,
     drain: Duration,
 ) -> io::Result<()> {
     let (limits, metrics) = (webhook.limits, webhook.server_metrics.clone());
-    server::serve(listener, Some(tls), webhook.router(), limits, metrics, shutdown, drain).await
+    let router = webhook.router(readiness);
+    server::serve(listener, Some(tls), router, limits, metrics, shutdown, drain).await
 }
 
-async fn admit(State(webhook): State<Arc<Webhook>>, request: HttpRequest) -> Response {
+async fn admit(
+    State((webhook, readiness)): State<(Arc<Webhook>, Readiness)>,
+    request: HttpRequest,
+) -> Response {
     let (head, body) = request.into_parts();
     // The router let through what has both.
     let path = head.uri.path().strip_prefix("/mutate/").unwrap_or_default();
@@ -237,10 +246,17 @@ async fn admit(State(webhook): State<Arc<Webhook>>, request: HttpRequest) -> Res
         webhook.metrics.count(Outcome::Rejected);
         Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json".to_owned()))
     };
-    match answer {
+    let mut response = match answer {
         Ok(json) => ([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response(),
         Err((status, text)) => (status, format!("{text}\n")).into_response(),
+    };
+    // Between the signal and the end, an answer says that its connection is not to be used again. The API server speaks
+    // HTTP/1.1 to a Service and keeps connections; were they closed under it, a request that it is just sending would be lost,
+    // and it does not send one twice. HTTP/2 has a goodbye of its own.
+    if head.version < Version::HTTP_2 && readiness.is_stopping() {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
+    response
 }
 
 fn is_json(content_type: Option<&HeaderValue>) -> bool {

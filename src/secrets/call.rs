@@ -60,6 +60,17 @@ pub(super) enum CallError {
     Changed(String, Box<Option<Observed>>),
 }
 
+impl CallError {
+    /// Whether the API server works, and says no.
+    pub(super) fn is_refusal(&self) -> bool {
+        match self {
+            Self::Api(kube::Error::Api(status)) => (400..500).contains(&status.code) && status.code != 429,
+            Self::Api(_) => false,
+            Self::TooLarge { .. } | Self::Altered | Self::Changed(..) => true,
+        }
+    }
+}
+
 impl Call {
     /// Makes the call, and returns the Secret as it is then. A conflict comes with the Secret as it really is.
     pub(super) async fn perform(self, api: &Api<Secret>, name: &str) -> Result<Option<Observed>, CallError> {

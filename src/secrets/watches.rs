@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     scope::Scope,
-    watch::{Change, follow},
+    watch::{Change, WatchTimeout, follow},
 };
 
 /// What one pair of watches covers: one namespace, or all of them.
@@ -44,15 +44,22 @@ impl Place {
     }
 
     /// Follows the namespaces here and their Secrets of that name, for ever.
-    pub(super) async fn follow(self, client: Client, secret: &str, seen: mpsc::UnboundedSender<Seen>) {
+    pub(super) async fn follow(
+        self,
+        client: Client,
+        secret: &str,
+        timeout: WatchTimeout,
+        seen: mpsc::UnboundedSender<Seen>,
+    ) {
         let named = |name: &str| watcher::Config::default().fields(&format!("metadata.name={name}"));
         let namespaces = follow(
             Api::<PartialObjectMeta<Namespace>>::all(client.clone()),
             self.0.as_deref().map_or_else(watcher::Config::default, named),
+            timeout,
             // The receiver lives as long as this watch does.
             |change| drop(seen.send(Seen::Namespace(self.clone(), change))),
         );
-        let secrets = follow(self.secrets(client), named(secret), |change| {
+        let secrets = follow(self.secrets(client), named(secret), timeout, |change| {
             drop(seen.send(Seen::Secret(self.clone(), change)));
         });
         tokio::select! {

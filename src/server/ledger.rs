@@ -26,7 +26,7 @@ use super::{Limits, MAX_HEADERS};
 /// How long a connection may be there without having been answered.
 const STRANGER: Duration = Duration::from_secs(10);
 /// How long a connection that was answered may be idle: longer than the 90 s after which the API server closes it itself.
-const IDLE: Duration = Duration::from_secs(120);
+pub(super) const IDLE: Duration = Duration::from_secs(120);
 /// How long a request may be there, from its headers to the last byte of its answer.
 const STALLED: Duration = Duration::from_secs(10);
 /// What a request takes beside its body: its headers, and what is kept of it.
@@ -60,6 +60,8 @@ struct Connection {
     /// Whether a request of it was ever answered with success.
     answered: bool,
     requests: usize,
+    /// Since when the headers of its next request are awaited, of which something has come.
+    heard: Option<Instant>,
     close: CancellationToken,
 }
 
@@ -90,7 +92,14 @@ impl Ledger {
         let close = CancellationToken::new();
         state.connections.insert(
             id,
-            Connection { peer, since: Instant::now(), answered: false, requests: 0, close: close.clone() },
+            Connection {
+                peer,
+                since: Instant::now(),
+                answered: false,
+                requests: 0,
+                heard: None,
+                close: close.clone(),
+            },
         );
         *state.peers.entry(peer).or_default() += 1;
         self.metrics.connections.inc();
@@ -120,7 +129,8 @@ impl Ledger {
             .iter()
             .filter(|(_, c)| {
                 let limit = if c.answered { IDLE } else { STRANGER };
-                c.requests == 0 && now.duration_since(c.since) > limit
+                let slow = c.heard.is_some_and(|heard| now.duration_since(heard) > self.limits.time);
+                c.requests == 0 && (slow || now.duration_since(c.since) > limit)
             })
             .map(|(id, _)| *id)
             .collect();
@@ -221,6 +231,15 @@ impl Seat {
         state.connections.get(&self.0.id).is_some_and(|c| c.answered && c.requests == 0)
     }
 
+    /// Something came. If there is no request, one has begun.
+    pub(super) fn heard(&self) {
+        if let Some(connection) = self.0.ledger.lock().connections.get_mut(&self.0.id)
+            && connection.requests == 0
+        {
+            connection.heard.get_or_insert_with(Instant::now);
+        }
+    }
+
     pub(super) fn failed_handshake(&self) {
         self.0.ledger.metrics.closed(Reason::Handshake);
     }
@@ -238,6 +257,7 @@ impl Seat {
         }
         if let Some(connection) = state.connections.get_mut(&self.0.id) {
             connection.requests += 1;
+            connection.heard = None;
         }
         drop(state);
         Charge { id, seat: self.clone() }
@@ -337,7 +357,7 @@ struct Labels {
 enum Reason {
     /// No TLS, none that is allowed, or too slow.
     Handshake,
-    /// Nothing was asked for too long.
+    /// Nothing was asked for too long, or headers did not end.
     Idle,
     /// An answer was not taken.
     Stalled,

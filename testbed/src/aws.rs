@@ -152,6 +152,11 @@ impl AwsStandIn {
         self.shared.state.send_modify(|state| state.max_session_lifetime = lifetime);
     }
 
+    /// Takes web identity tokens for expired that are good for less than this, as if so much time had passed.
+    pub fn age_web_identities(&self, by: Duration) {
+        self.shared.state.send_modify(|state| state.web_identity_ahead = by);
+    }
+
     /// Misbehaves in calls of `scope`, until [`heal`](Self::heal). Of several faults the newest counts.
     pub fn inject(&self, fault: Fault, scope: Scope) {
         self.shared.state.send_modify(|state| state.faults.push((scope, fault)));

@@ -26,6 +26,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::aws::Issuer;
 use crate::binaries::{self, Binaries};
+use crate::http;
 use crate::install_crypto_provider;
 use crate::kubeconfig::Kubeconfig;
 use crate::node::Machine;
@@ -174,6 +175,17 @@ impl ControlPlane {
     /// How an admin's client is configured.
     pub(crate) fn config(&self) -> kube::Config {
         self.config.clone()
+    }
+
+    /// The same without retries: every answer is seen.
+    pub fn kube_client_without_retries(&self) -> Result<kube::Client> {
+        Ok(kube::Client::try_from(self.config_without_retries())?)
+    }
+
+    pub(crate) fn config_without_retries(&self) -> kube::Config {
+        let mut config = self.config.clone();
+        config.default_retry = false;
+        config
     }
 
     /// The URL of the API server.
@@ -372,6 +384,22 @@ impl ControlPlane {
         Ok(())
     }
 
+    /// Has etcd forget all earlier revisions: whoever asks for changes since one of them is told that it is gone.
+    pub async fn compact_etcd(&self) -> Result<()> {
+        let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.etcd_port.number()));
+        let ask = async |path: &str, question: serde_json::Value| {
+            let answer = http::post(address, path, &question.to_string()).await?;
+            Ok::<_, anyhow::Error>(serde_json::from_str::<serde_json::Value>(&answer)?)
+        };
+        let status = ask("/v3/maintenance/status", serde_json::json!({})).await?;
+        let revision = status["header"]["revision"].clone();
+        ensure!(revision.is_string(), "etcd does not say its revision: {status}");
+        let answer =
+            ask("/v3/kv/compaction", serde_json::json!({"revision": revision, "physical": true})).await?;
+        ensure!(answer.get("error").is_none(), "etcd does not compact: {answer}");
+        Ok(())
+    }
+
     fn launch(&self, slot: &Mutex<Option<Arc<Process>>>, name: &str, command: &Command) -> Result<()> {
         let mut slot = lock(slot);
         ensure!(slot.as_ref().is_none_or(|process| !process.is_running()), "{name} runs already");
@@ -447,9 +475,7 @@ impl ControlPlane {
     async fn apiserver_ready(&self) -> Result<()> {
         let process = self.apiserver().context("kube-apiserver does not run")?;
         // A retry in the client would hide what this loop wants to see.
-        let mut config = self.config.clone();
-        config.default_retry = false;
-        let client = kube::Client::try_from(config)?;
+        let client = self.kube_client_without_retries()?;
         ready(&process, || async {
             let request = hyper::Request::get("/readyz").body(Vec::new())?;
             timeout(Duration::from_secs(5), client.request_text(request)).await??;

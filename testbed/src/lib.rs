@@ -22,10 +22,17 @@
 //! - [`cluster`]: all of it together
 //! - [`usage`]: what a process takes of the machine; [`scale`]: how that grows with the cluster
 //! - [`capture`]: AdmissionReviews as the API server sends them, for benchmarks
+//! - [`service`]: the webhook's Service, with several replicas behind it
+//! - [`fleet`]: two replicas of each role behind it, replaced and killed at will
+//! - [`apiproxy`]: between the operator and the API server, to delay, refuse, hold back and count
+//! - [`relay`]: a TCP port that forwards, refuses or keeps silent
+//! - [`load`]: pods created all the time, each looked at
+//! - [`soak`]: all of that for half an hour
 //!
 //! Everything here may be kept in a `static` and shared by tests that each have a runtime of their own:
 //! nothing is bound to the runtime that started it, and nothing stays behind when the process ends.
 
+pub mod apiproxy;
 pub mod aws;
 pub mod binaries;
 pub mod build;
@@ -33,18 +40,24 @@ pub mod capture;
 pub mod cluster;
 pub mod controlplane;
 pub mod dns;
+pub mod fleet;
 pub mod generated;
 pub mod helm;
 pub mod image;
+pub mod load;
 pub mod node;
 pub mod operator;
 pub mod pki;
 pub mod process;
 pub mod registry;
+pub mod relay;
 pub mod scale;
+pub mod service;
+pub mod soak;
 pub mod usage;
 
 mod background;
+mod http;
 mod kubeconfig;
 mod ports;
 mod random;

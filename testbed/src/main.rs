@@ -11,12 +11,12 @@ use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand, ValueEnum};
 use testbed::aws::AwsStandIn;
 use testbed::binaries;
-use testbed::build::Profile;
+use testbed::build::{self, Profile};
 use testbed::capture::capture;
 use testbed::controlplane::ControlPlane;
 use testbed::image::Image;
 use testbed::operator::{ROLE, SUBJECT};
-use testbed::{generated, scale, testbed_dir, until_interrupted};
+use testbed::{generated, scale, soak, testbed_dir, until_interrupted};
 
 /// How many bytes the operator's image may have, compressed.
 const MAX_IMAGE: usize = 30_000_000;
@@ -52,6 +52,21 @@ enum Command {
         /// The operator's binary; default: that of this tree, as it is shipped.
         #[arg(long, value_name = "FILE")]
         operator: Option<PathBuf>,
+    },
+    /// Faults chosen at random under load, with what must always hold checked all along. Fails if anything did not.
+    Soak {
+        /// How long faults go on.
+        #[arg(long, default_value_t = 30.0)]
+        minutes: f64,
+        /// Which faults, and when; default: another one each time.
+        #[arg(long)]
+        seed: Option<u64>,
+        /// How many pods are created in each second.
+        #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+        rate: u32,
+        /// Compile the operator as tests have it, and not as it is shipped.
+        #[arg(long)]
+        debug: bool,
     },
     /// Build Go programs that have not been built yet, and print where they are.
     Build {
@@ -101,6 +116,7 @@ async fn main() -> ExitCode {
         }
         Command::Generate => generate().await,
         Command::Image { file, operator } => image(&file, operator),
+        Command::Soak { minutes, seed, rate, debug } => soak(minutes, seed, rate, debug).await,
         Command::Build { programs } => build(&programs),
         Command::Capture { dir } => until_interrupted(capture(&dir)).await,
     };
@@ -120,8 +136,15 @@ async fn generate() -> Result<()> {
     Ok(())
 }
 
+async fn soak(minutes: f64, seed: Option<u64>, rate: u32, debug: bool) -> Result<()> {
+    let duration = Duration::try_from_secs_f64(minutes * 60.0).context("--minutes")?;
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let binary = build::operator(if debug { Profile::Dev } else { Profile::Release })?;
+    until_interrupted(soak::run(&binary, soak::Settings { duration, seed, rate })).await
+}
+
 fn image(file: &Path, operator: Option<PathBuf>) -> Result<()> {
-    let operator = operator.map_or_else(|| testbed::build::operator(Profile::Release), Ok)?;
+    let operator = operator.map_or_else(|| build::operator(Profile::Release), Ok)?;
     let image = Image::operator(&operator)?;
     image.write_archive("ecr-cname", file)?;
     let size = image.size();

@@ -2,19 +2,18 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
 
-use crate::{aws::AwsStandIn, controlplane::ControlPlane, ports::Port, process::Process, workspace};
+use crate::{
+    apiproxy::ApiProxy, aws::AwsStandIn, controlplane::ControlPlane, http, ports::Port, process::Process,
+    service::WebhookService, workspace,
+};
 
 /// The namespace that `manifests/` puts the operator in.
 pub const NAMESPACE: &str = "ecr-cname";
@@ -42,6 +41,9 @@ pub struct Start {
     name: String,
     args: Vec<String>,
     webhook: Option<SocketAddr>,
+    address: IpAddr,
+    service: bool,
+    api: Option<String>,
     env: Vec<(String, String)>,
 }
 
@@ -64,6 +66,12 @@ impl Start {
         Self { webhook: Some(webhook), ..Self::new("controller", "ecr-cname-controller") }
     }
 
+    /// `ecr-cname controller`, for the webhook's Service.
+    #[must_use]
+    pub fn controller_in_cluster() -> Self {
+        Self { service: true, ..Self::new("controller", "ecr-cname-controller") }
+    }
+
     fn new(role: &'static str, service_account: &'static str) -> Self {
         Self {
             role,
@@ -71,6 +79,9 @@ impl Start {
             name: role.to_owned(),
             args: Vec::new(),
             webhook: None,
+            address: Ipv4Addr::LOCALHOST.into(),
+            service: false,
+            api: None,
             env: Vec::new(),
         }
     }
@@ -79,6 +90,20 @@ impl Start {
     #[must_use]
     pub fn named(mut self, name: &str) -> Self {
         name.clone_into(&mut self.name);
+        self
+    }
+
+    /// Behind the webhook's Service, or with a webhook there: as in a cluster.
+    #[must_use]
+    pub fn behind(mut self, service: &WebhookService) -> Self {
+        (self.address, self.service) = (service.address(), true);
+        self
+    }
+
+    /// With this proxy between it and the API server.
+    #[must_use]
+    pub fn via(mut self, proxy: &ApiProxy) -> Self {
+        self.api = Some(proxy.url());
         self
     }
 
@@ -132,9 +157,15 @@ impl Operator {
         let ports = [Port::reserve()?, Port::reserve()?];
         let local = |port: &Port| SocketAddr::from((Ipv4Addr::LOCALHOST, port.number()));
         let admin = local(&ports[0]);
-        let webhook = start.webhook.unwrap_or_else(|| local(&ports[1]));
-        let kubeconfig =
+        let webhook = SocketAddr::from((start.address, ports[1].number()));
+        let webhook = start.webhook.unwrap_or(webhook);
+        let mut kubeconfig =
             control_plane.kubeconfig_for_service_account(NAMESPACE, start.service_account).await?;
+        if let Some(api) = &start.api {
+            let yaml = fs::read_to_string(&kubeconfig)?.replace(control_plane.url(), api);
+            kubeconfig = control_plane.dir().join(format!("{}.kubeconfig", start.name));
+            fs::write(&kubeconfig, yaml)?;
+        }
         let mut command = Command::new(binary);
         command
             .arg(start.role)
@@ -146,7 +177,9 @@ impl Operator {
             command.arg(format!("--listen={webhook}"));
         }
         if start.role != "webhook" {
-            command.arg(format!("--webhook-url=https://{webhook}"));
+            if !start.service {
+                command.arg(format!("--webhook-url=https://{webhook}"));
+            }
             command.envs(aws.env_web_identity(ROLE, &web_identity_token(control_plane).await?));
         }
         command.envs(start.env).args(start.args);
@@ -195,7 +228,7 @@ impl Operator {
     /// # Errors
     /// Nobody answers.
     pub async fn admin(&self, path: &str) -> Result<(u16, String)> {
-        tokio::time::timeout(Duration::from_secs(5), get(self.admin, path)).await?
+        tokio::time::timeout(Duration::from_secs(5), http::get(self.admin, path)).await?
     }
 
     /// The value of a metric, named with its labels just as it is printed; 0 where it is not there.
@@ -212,6 +245,12 @@ impl Operator {
     #[must_use]
     pub fn webhook_address(&self) -> SocketAddr {
         self.webhook
+    }
+
+    /// Where probes and metrics are served.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin
     }
 
     /// The process itself.
@@ -237,15 +276,4 @@ pub async fn web_identity_token(control_plane: &ControlPlane) -> Result<PathBuf>
     let path = control_plane.dir().join("web-identity-token");
     fs::write(&path, token)?;
     Ok(path)
-}
-
-async fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await?;
-    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
-    let status = head.split(' ').nth(1).context("no HTTP status")?.parse()?;
-    Ok((status, body.to_owned()))
 }

@@ -38,7 +38,7 @@ const BOUNDS: [(&str, [u64; 2], [u64; 2]); 5] = [
 #[test]
 fn a_request_allocates_no_more_than_it_needs() {
     let (webhook, path) = webhook(1);
-    let router = webhook.clone().router();
+    let router = webhook.clone().router(ecr_cname::admin::Readiness::default());
     let mut complaints = Vec::new();
     for (name, core, handler) in BOUNDS {
         let body = fixture(name);

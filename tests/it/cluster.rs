@@ -83,6 +83,11 @@ impl Cluster {
         Operator::start(binary(), &self.control_plane, &self.aws, start).await.unwrap()
     }
 
+    /// Starts a process of the operator, and returns before it is ready.
+    pub async fn operator_unready(&self, start: Start) -> Operator {
+        Operator::spawn(binary(), &self.control_plane, &self.aws, start).await.unwrap()
+    }
+
     /// A start with short times, verbose logs and the DNS stand-in.
     pub fn quick(&self, start: Start) -> Start {
         let dns = format!("--dns-server={}", self.dns.address());
@@ -92,7 +97,7 @@ impl Cluster {
     /// Starts the webhook alone, and returns before it is ready.
     pub async fn quick_webhook(&self, name: &str) -> Operator {
         let start = Start::webhook().named(name).args(["--log=debug"]);
-        Operator::spawn(binary(), &self.control_plane, &self.aws, start).await.unwrap()
+        self.operator_unready(start).await
     }
 
     pub fn client(&self) -> Client {

@@ -11,6 +11,8 @@ pub enum Fault {
     ServerError,
     /// The caller may not do this.
     AccessDenied,
+    /// The request was signed too long ago, by AWS's clock.
+    ClockSkew,
     /// No answer, until the caller gives up.
     Hang,
     /// An answer that is neither XML nor JSON.

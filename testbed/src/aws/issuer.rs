@@ -45,8 +45,8 @@ impl Issuer {
         &self.url
     }
 
-    /// The subject of a token that is good.
-    pub(super) async fn verify(&self, token: &str) -> Result<String, ApiError> {
+    /// The subject of a token that is good, and will be for a while.
+    pub(super) async fn verify(&self, token: &str, ahead: Duration) -> Result<String, ApiError> {
         // A new look at the keys each time: an API server that is down shows as it would at AWS.
         let keys = match &self.keys {
             Keys::None => JwkSet { keys: Vec::new() },
@@ -58,7 +58,7 @@ impl Issuer {
                 )
             })?,
         };
-        verify(token, &keys, &self.url)
+        verify(token, &keys, &self.url, ahead)
     }
 }
 
@@ -75,7 +75,7 @@ struct Claims {
 }
 
 /// Checks signature, times, issuer and audience.
-fn verify(token: &str, keys: &JwkSet, issuer: &str) -> Result<String, ApiError> {
+fn verify(token: &str, keys: &JwkSet, issuer: &str, ahead: Duration) -> Result<String, ApiError> {
     let invalid = |message: &str| ApiError::new(400, "InvalidIdentityToken", message);
 
     let header = decode_header(token).map_err(|_| invalid("The ID Token provided is not a valid JWT."))?;
@@ -90,6 +90,7 @@ fn verify(token: &str, keys: &JwkSet, issuer: &str) -> Result<String, ApiError> 
     // The key has a family of its own, which the algorithm that the token names must fit.
     let mut validation = Validation::new(header.alg);
     validation.leeway = 0;
+    validation.reject_tokens_expiring_in_less_than = ahead.as_secs();
     validation.validate_nbf = true;
     validation.set_audience(&[AUDIENCE]);
     validation.set_issuer(&[issuer]);
@@ -149,7 +150,7 @@ mod tests {
             let mut claims = good.clone();
             claims[name] = value;
             Ok::<_, anyhow::Error>(
-                verify(&signer.sign(&claims)?, &keys, "https://issuer").map_err(|e| e.code),
+                verify(&signer.sign(&claims)?, &keys, "https://issuer", Duration::ZERO).map_err(|e| e.code),
             )
         };
 
@@ -161,8 +162,11 @@ mod tests {
         assert_eq!(check(&signer, "sub", Value::Null)?, Err("InvalidIdentityToken"));
         assert_eq!(check(&stranger, "sub", json!("me"))?, Err("InvalidIdentityToken"));
         let no_keys = JwkSet { keys: Vec::new() };
-        let unknown = verify(&signer.sign(&good)?, &no_keys, "https://issuer").map_err(|error| error.code);
+        let token = signer.sign(&good)?;
+        let unknown = verify(&token, &no_keys, "https://issuer", Duration::ZERO).map_err(|error| error.code);
         assert_eq!(unknown, Err("InvalidIdentityToken"));
+        let later = verify(&token, &keys, "https://issuer", Duration::from_secs(61));
+        assert_eq!(later.map_err(|error| error.code), Err("ExpiredTokenException"));
         Ok(())
     }
 }

@@ -67,6 +67,7 @@ async fn answer(shared: &Shared, request: hyper::Request<Incoming>) -> anyhow::R
         Some(Fault::Throttle) => Err(throttled(operation)),
         Some(Fault::ServerError) => Err(failed(operation)),
         Some(Fault::AccessDenied) => Err(denied(operation)),
+        Some(Fault::ClockSkew) => Err(skewed(operation)),
         Some(Fault::ExpiredToken | Fault::EmptyToken | Fault::NoToken) | None => match operation {
             Operation::AssumeRoleWithWebIdentity => {
                 sts::assume_role_with_web_identity(shared, &request).await
@@ -118,6 +119,15 @@ fn failed(operation: Operation) -> ApiError {
         _ => "InternalFailure",
     };
     ApiError::new(500, code, "The server could not serve")
+}
+
+fn skewed(operation: Operation) -> ApiError {
+    let (status, code) = match operation {
+        Operation::GetAuthorizationToken => (400, "InvalidSignatureException"),
+        _ => (403, "SignatureDoesNotMatch"),
+    };
+    let message = "Signature expired: 20260101T000000Z is now earlier than 20260101T001500Z (20260101T002000Z - 5 min.)";
+    ApiError::new(status, code, message)
 }
 
 fn denied(operation: Operation) -> ApiError {

@@ -29,6 +29,7 @@ pub struct Call {
 pub struct State {
     pub(super) token_lifetime: Duration,
     pub(super) max_session_lifetime: Duration,
+    pub(super) web_identity_ahead: Duration,
     pub(super) faults: Vec<(Scope, Fault)>,
     roles: HashMap<String, Trust>,
     credentials: HashMap<String, Credentials>,
@@ -50,6 +51,7 @@ impl Default for State {
         Self {
             token_lifetime: twelve_hours,
             max_session_lifetime: twelve_hours,
+            web_identity_ahead: Duration::ZERO,
             faults: Vec::new(),
             roles: HashMap::new(),
             credentials: HashMap::new(),

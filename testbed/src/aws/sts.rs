@@ -21,7 +21,8 @@ pub(super) async fn assume_role_with_web_identity(
     request: &Request,
 ) -> Result<Response<Full<Bytes>>, ApiError> {
     let role = request.parameter("RoleArn")?;
-    let subject = shared.issuer.verify(request.parameter("WebIdentityToken")?).await?;
+    let ahead = shared.state.borrow().web_identity_ahead;
+    let subject = shared.issuer.verify(request.parameter("WebIdentityToken")?, ahead).await?;
     let trusted = shared.state.borrow().trust(role).is_some_and(|trust| trust.subjects.contains(&subject));
     if !trusted {
         let message = "Not authorized to perform sts:AssumeRoleWithWebIdentity";
