@@ -16,11 +16,10 @@ use std::{
 
 use futures::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Namespace, ObjectReference, Secret};
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
     Api, Client,
     api::ListParams,
-    core::PartialObjectMeta,
     runtime::events::{Event, EventType},
 };
 use tokio::{
@@ -41,7 +40,7 @@ use call::{Call, CallError};
 pub use metrics::SecretMetrics;
 use metrics::WriteOutcome;
 use selection::Groups;
-use watches::{Place, Seen};
+use watches::{Place, Seen, SeenNamespace, SeenSecret};
 
 /// How many calls run at one time.
 const CONCURRENCY: usize = 32;
@@ -219,38 +218,36 @@ impl Keeper {
         self.dirty.extend(self.namespaces.keys().cloned());
     }
 
-    fn see_namespace(&mut self, place: &Place, change: Change<PartialObjectMeta<Namespace>>) {
+    fn see_namespace(&mut self, place: &Place, change: Change<SeenNamespace>) {
         match change {
             Change::All(all) => {
-                let names: HashSet<_> = all.iter().filter_map(|n| n.metadata.name.clone()).collect();
+                let names: HashSet<_> = all.iter().map(|n| n.name.as_str()).collect();
                 // A Secret may have been seen before its namespace; that alone makes no namespace.
-                self.namespaces.retain(|name, _| !place.covers(name) || names.contains(name));
+                self.namespaces.retain(|name, _| !place.covers(name) || names.contains(name.as_str()));
                 all.into_iter().for_each(|n| self.apply_namespace(n));
                 self.unsynced.0.remove(place);
             }
             Change::Applied(namespace) => self.apply_namespace(namespace),
             Change::Deleted(namespace) => {
-                self.namespaces.remove(&namespace.metadata.name.unwrap_or_default());
+                self.namespaces.remove(&namespace.name);
             }
         }
     }
 
-    fn apply_namespace(&mut self, namespace: PartialObjectMeta<Namespace>) {
-        let meta = namespace.metadata;
-        let name = meta.name.unwrap_or_default();
-        let state = self.namespaces.entry(name.clone()).or_default();
-        if state.uid.is_some() && state.uid != meta.uid {
+    fn apply_namespace(&mut self, seen: SeenNamespace) {
+        let state = self.namespaces.entry(seen.name.clone()).or_default();
+        if state.uid.is_some() && state.uid != seen.uid {
             // Deleted and made again under one name: nothing that was known of it holds.
             *state = State::default();
         }
-        state.uid = meta.uid;
-        state.terminating = meta.deletion_timestamp.is_some();
-        state.labels = Some(meta.labels.unwrap_or_default());
-        state.groups = selecting(&self.settings.scope, &self.groups, &name, state.labels.as_ref());
-        self.dirty.insert(name);
+        state.uid = seen.uid;
+        state.terminating = seen.terminating;
+        state.labels = Some(seen.labels);
+        state.groups = selecting(&self.settings.scope, &self.groups, &seen.name, state.labels.as_ref());
+        self.dirty.insert(seen.name);
     }
 
-    fn see_secret(&mut self, place: &Place, change: Change<PartialObjectMeta<Secret>>) {
+    fn see_secret(&mut self, place: &Place, change: Change<SeenSecret>) {
         match change {
             Change::All(all) => {
                 // Those that are gone must be looked at, too.
@@ -258,23 +255,21 @@ impl Keeper {
                     (state.observed, state.stirred) = (None, true);
                     self.dirty.insert(name.clone());
                 }
-                all.iter().for_each(|secret| self.apply_secret(secret, Some(Observed::of(secret))));
+                all.into_iter().for_each(|s| self.apply_secret(s.namespace, Some(s.observed)));
                 self.unsynced.1.remove(place);
             }
-            Change::Applied(secret) => self.apply_secret(&secret, Some(Observed::of(&secret))),
+            Change::Applied(secret) => self.apply_secret(secret.namespace, Some(secret.observed)),
             Change::Deleted(secret) => {
-                let namespace = secret.metadata.namespace.as_ref();
-                let observed = namespace.and_then(|n| self.namespaces.get(n)?.observed.as_ref());
+                let known = self.namespaces.get(&secret.namespace).and_then(|s| s.observed.as_ref());
                 // A late word about one that has been replaced since is of no interest.
-                if observed.is_some_and(|o| Some(&o.uid) == secret.metadata.uid.as_ref()) {
-                    self.apply_secret(&secret, None);
+                if known.is_some_and(|known| known.uid == secret.observed.uid) {
+                    self.apply_secret(secret.namespace, None);
                 }
             }
         }
     }
 
-    fn apply_secret(&mut self, secret: &PartialObjectMeta<Secret>, observed: Option<Observed>) {
-        let namespace = secret.metadata.namespace.clone().unwrap_or_default();
+    fn apply_secret(&mut self, namespace: String, observed: Option<Observed>) {
         let state = self.namespaces.entry(namespace.clone()).or_default();
         // A change by another hand is a reason to try at once what failed before.
         if state.observed != observed {

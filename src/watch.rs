@@ -1,6 +1,6 @@
 //! Watches: objects of the API server, followed into state that others read.
 
-use std::{collections::BTreeMap, fmt::Debug, pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::identity, fmt::Debug, pin::pin, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use futures::TryStreamExt as _;
@@ -76,21 +76,23 @@ impl Backoff for WatchBackoff {
 
 /// What a watch says.
 #[derive(Debug)]
-pub enum Change<K> {
+pub enum Change<T> {
     /// These are all the objects there are: said first, and again whenever the watch had to start over.
-    All(Vec<K>),
+    All(Vec<T>),
     /// This object is new or has changed.
-    Applied(K),
+    Applied(T),
     /// This object is gone.
-    Deleted(K),
+    Deleted(T),
 }
 
-/// Follows objects for ever. Errors are logged and tried again with back-off; nothing is said until a list is whole.
-pub async fn follow<K>(
+/// Follows objects for ever. Errors are logged and tried again with back-off; nothing is said until a list is whole. `read`
+/// takes of each what is needed of it, at once, so that a long list is never held as it came.
+pub async fn follow<K, T>(
     api: Api<K>,
     config: watcher::Config,
     timeout: WatchTimeout,
-    mut on_change: impl FnMut(Change<K>),
+    read: impl Fn(K) -> T,
+    mut on_change: impl FnMut(Change<T>),
 ) where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
     K::DynamicType: Default,
@@ -101,13 +103,13 @@ pub async fn follow<K>(
     loop {
         match events.try_next().await {
             Ok(Some(watcher::Event::Init)) => initial.clear(),
-            Ok(Some(watcher::Event::InitApply(object))) => initial.push(object),
+            Ok(Some(watcher::Event::InitApply(object))) => initial.push(read(object)),
             Ok(Some(watcher::Event::InitDone)) => {
                 debug!(%kind, objects = initial.len(), "watch synced");
                 on_change(Change::All(std::mem::take(&mut initial)));
             }
-            Ok(Some(watcher::Event::Apply(object))) => on_change(Change::Applied(object)),
-            Ok(Some(watcher::Event::Delete(object))) => on_change(Change::Deleted(object)),
+            Ok(Some(watcher::Event::Apply(object))) => on_change(Change::Applied(read(object))),
+            Ok(Some(watcher::Event::Delete(object))) => on_change(Change::Deleted(read(object))),
             Ok(None) => return,
             Err(error) => warn!(%kind, error = %chain(&error), "watch failed; trying again"),
         }
@@ -126,7 +128,7 @@ pub async fn follow_one<K>(
     K::DynamicType: Default,
 {
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
-    follow(api, config, timeout, |change| {
+    follow(api, config, timeout, identity, |change| {
         state.send_replace(match change {
             Change::All(objects) => objects.into_iter().next().map(Arc::new),
             Change::Applied(object) => Some(Arc::new(object)),
@@ -165,7 +167,7 @@ pub async fn follow_aliases(
             None
         }
     };
-    follow(api, watcher::Config::default(), timeout, |change| {
+    follow(api, watcher::Config::default(), timeout, identity, |change| {
         match change {
             Change::All(all) => objects = all.into_iter().filter_map(valid).collect(),
             Change::Applied(guard) => {

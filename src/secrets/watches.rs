@@ -1,11 +1,14 @@
 //! The watches that pull secrets are kept by: over the whole cluster, or over each namespace in scope alone, so that no
 //! right to list the cluster's is needed.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::{Namespace, Secret};
 use kube::{Api, Client, core::PartialObjectMeta, runtime::watcher};
 use tokio::sync::mpsc;
 
 use crate::{
+    pull_secret::Observed,
     scope::Scope,
     watch::{Change, WatchTimeout, follow},
 };
@@ -16,8 +19,41 @@ pub(super) struct Place(Option<String>);
 
 /// What a watch saw, and what it covers.
 pub(super) enum Seen {
-    Namespace(Place, Change<PartialObjectMeta<Namespace>>),
-    Secret(Place, Change<PartialObjectMeta<Secret>>),
+    Namespace(Place, Change<SeenNamespace>),
+    Secret(Place, Change<SeenSecret>),
+}
+
+/// What is needed of a namespace.
+pub(super) struct SeenNamespace {
+    pub(super) name: String,
+    pub(super) uid: Option<String>,
+    pub(super) labels: BTreeMap<String, String>,
+    pub(super) terminating: bool,
+}
+
+/// What is needed of a pull secret.
+pub(super) struct SeenSecret {
+    pub(super) namespace: String,
+    pub(super) observed: Observed,
+}
+
+impl SeenNamespace {
+    fn of(namespace: PartialObjectMeta<Namespace>) -> Self {
+        let meta = namespace.metadata;
+        Self {
+            name: meta.name.unwrap_or_default(),
+            uid: meta.uid,
+            labels: meta.labels.unwrap_or_default(),
+            terminating: meta.deletion_timestamp.is_some(),
+        }
+    }
+}
+
+impl SeenSecret {
+    fn of(secret: PartialObjectMeta<Secret>) -> Self {
+        let observed = Observed::of(&secret);
+        Self { namespace: secret.metadata.namespace.unwrap_or_default(), observed }
+    }
 }
 
 impl Place {
@@ -56,10 +92,11 @@ impl Place {
             Api::<PartialObjectMeta<Namespace>>::all(client.clone()),
             self.0.as_deref().map_or_else(watcher::Config::default, named),
             timeout,
+            SeenNamespace::of,
             // The receiver lives as long as this watch does.
             |change| drop(seen.send(Seen::Namespace(self.clone(), change))),
         );
-        let secrets = follow(self.secrets(client), named(secret), timeout, |change| {
+        let secrets = follow(self.secrets(client), named(secret), timeout, SeenSecret::of, |change| {
             drop(seen.send(Seen::Secret(self.clone(), change)));
         });
         tokio::select! {
