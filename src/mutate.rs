@@ -151,6 +151,14 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
     Verdict::Mutate(Mutation { edits, pull_secret, trace })
 }
 
+/// Whether a pod has an image that the table knows nothing of.
+#[must_use]
+pub fn names_stranger(request: &Request<'_>, table: &HostTable) -> bool {
+    let is_stranger =
+        |image: &Image<'_>| split_host(&image.reference).0.is_none_or(|host| table.rule(host).is_none());
+    request.object.as_ref().is_some_and(|pod| pod.images.iter().any(is_stranger))
+}
+
 /// The images that a pod had before an update.
 struct Before<'a> {
     images: &'a [Image<'a>],

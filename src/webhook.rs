@@ -38,10 +38,10 @@ use tracing::{debug, info, warn};
 use crate::{
     admin::Readiness,
     matching::FailurePolicy,
-    mutate::{Mutation, Verdict, mutate},
+    mutate::{Mutation, Verdict, mutate, names_stranger},
     review::{self, BadReview, Operation, Request},
     server::{self, Limits, ServerMetrics},
-    table::AliasTable,
+    table::{AliasTable, HostTable},
     watch::Aliases,
 };
 
@@ -124,7 +124,7 @@ impl Webhook {
         answer
     }
 
-    /// Waits, for a moment, until this replica knows the alias that a new pod names: the API server learns of an alias by a
+    /// Waits, for a moment, until this replica knows every alias that a new pod names: the API server learns of an alias by a
     /// watch of its own, which may be the faster one. `bytes` is the size of the body, which is held meanwhile.
     async fn catch_up(&self, group: &str, digest: &str, request: &Request<'_>, bytes: usize) {
         if !self.is_behind(group, digest, request) {
@@ -146,14 +146,14 @@ impl Webhook {
         let _ = tokio::time::timeout(CATCH_UP.min(self.limits.time), catching_up).await;
     }
 
-    /// Whether the API server knows an alias that this replica does not, and this very pod names it.
+    /// Whether the API server may know an alias that this replica does not, and this very pod may name it.
     fn is_behind(&self, group: &str, digest: &str, request: &Request<'_>) -> bool {
-        let table = self.table.load();
-        match table.group(group) {
-            None => request.operation == Operation::Create,
-            Some(hosts) if hosts.agrees_with(digest) => false,
-            Some(hosts) => matches!(mutate(request, hosts, &self.settings.pull_secret), Verdict::Unknown),
+        if request.operation != Operation::Create {
+            return false;
         }
+        let table = self.table.load();
+        let of_hosts = |hosts: &HostTable| !hosts.agrees_with(digest) && names_stranger(request, hosts);
+        table.group(group).is_none_or(of_hosts)
     }
 
     fn decide(&self, group: &str, digest: &str, request: &Request<'_>) -> (Outcome, Vec<u8>) {

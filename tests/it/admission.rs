@@ -3,8 +3,13 @@
 use std::{collections::BTreeMap, fs, path::Path, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
+use axum::{
+    body::{Body, to_bytes},
+    http::Request,
+};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use ecr_cname::{
+    admin::Readiness,
     alias::{Group, accept},
     crd::RegistryAlias,
     manifest,
@@ -18,6 +23,7 @@ use ecr_cname::{
 use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -66,12 +72,14 @@ fn table() -> AliasTable {
     AliasTable::new(&accepted.aliases)
 }
 
+const LIMITS: Limits =
+    Limits { connections: 4, memory: 4 << 20, body: 1 << 20, time: Duration::from_secs(5) };
+
 fn webhook(audit: bool, failure_policy: FailurePolicy) -> Arc<Webhook> {
     let settings = Settings { pull_secret: "ecr-cname".to_owned(), audit, failure_policy };
-    let limits = Limits { connections: 4, memory: 4 << 20, body: 1 << 20, time: Duration::from_secs(5) };
     let table = Arc::new(ArcSwap::from_pointee(table()));
     let (_, updates) = tokio::sync::watch::channel(Arc::default());
-    Webhook::new(table, updates, settings, limits, &mut metrics::registry())
+    Webhook::new(table, updates, settings, LIMITS, &mut metrics::registry())
 }
 
 /// The group of the aliases that select every namespace.
@@ -269,6 +277,38 @@ fn a_new_pod_of_an_alias_that_is_not_known_yet_is_refused() {
     // Were the entry to lose its condition, ordinary pods would still pass.
     assert!(allowed(group.as_str(), &current, "CREATE", &stranger), "an ordinary pod");
     assert!(allowed("0123456789", "0123456789", "UPDATE", &stranger), "an update");
+}
+
+/// A pod with an alias that is known and one that is not yet is neither refused nor half rewritten: it waits for the watch.
+#[tokio::test]
+async fn a_new_pod_waits_for_the_alias_that_is_not_known_yet() {
+    let objects = objects();
+    let all = accept(objects.clone());
+    let fewer = accept(objects.into_iter().filter(|o| o.spec.host != "everywhere.example.io"));
+    assert!(fewer.aliases.len() < all.aliases.len());
+    let table = Arc::new(ArcSwap::from_pointee(AliasTable::new(&fewer.aliases)));
+    let (watch, updates) = tokio::sync::watch::channel(Arc::default());
+    let settings =
+        Settings { pull_secret: "ecr-cname".to_owned(), audit: false, failure_policy: FailurePolicy::Fail };
+    let webhook = Webhook::new(Arc::clone(&table), updates, settings, LIMITS, &mut metrics::registry());
+
+    let pod = json!({"metadata": {}, "spec": {"containers": [
+        {"name": "known", "image": "docker-ecr.internal.example.io/team/app"},
+        {"name": "new", "image": "everywhere.example.io/app"}]}});
+    let request = Request::post(format!("/mutate/{}/{}", everywhere(), digest()))
+        .header("content-type", "application/json")
+        .body(Body::from(review("CREATE", "", Some(&pod), None).to_string()))
+        .unwrap();
+    let learns = async {
+        table.store(Arc::new(AliasTable::new(&all.aliases)));
+        watch.send_replace(Arc::default());
+    };
+    // The request comes first, and finds the old table.
+    let (response, ()) = tokio::join!(biased; webhook.router(Readiness::default()).oneshot(request), learns);
+    let body = to_bytes(response.unwrap().into_body(), usize::MAX).await.unwrap();
+    let response: Value = serde_json::from_slice(&body).unwrap();
+    let images = images(&patched(&response["response"], &pod).unwrap());
+    assert!(images.values().all(|image| image.contains(".dkr.ecr.")), "{images:?}");
 }
 
 #[test]
