@@ -265,14 +265,14 @@ impl std::str::FromStr for Host {
     type Err = NotHost;
 
     fn from_str(text: &str) -> Result<Self, NotHost> {
-        let lower = text.to_ascii_lowercase();
-        if !image::is_host(&lower) || lower.len() > MAX_HOST {
+        let host = Self(text.to_ascii_lowercase().into());
+        let port = host.0.len() - host.name().len();
+        if !image::is_host(&host.0) || host.0.len() > MAX_HOST || port > MAX_PORT {
             return Err(NotHost::Grammar(text.to_owned()));
         }
-        if !lower.contains(['.', ':']) && lower != "localhost" {
+        if !host.0.contains(['.', ':']) && &*host.0 != "localhost" {
             return Err(NotHost::Bare(text.to_owned()));
         }
-        let host = Self(lower.into());
         if host.name().parse::<EcrHost>().is_ok() {
             return Err(NotHost::Ecr(text.to_owned()));
         }
@@ -282,6 +282,9 @@ impl std::str::FromStr for Host {
 
 /// The longest host with its port: 253 characters of a DNS name, a colon, and five digits.
 pub const MAX_HOST: usize = 259;
+
+/// The longest port, with its colon. The CRD says the same.
+const MAX_PORT: usize = 6;
 
 impl Host {
     /// The host in lower case, with its port.
@@ -474,6 +477,7 @@ mod tests {
                 json!({"host": "bare", "registry": "123456789012.dkr.ecr.us-east-1.amazonaws.com"}),
                 "spec.host",
             ),
+            (spec("a.b:065536"), "is not a host name with an optional port"),
             (spec("123456789012.dkr.ecr.us-east-1.amazonaws.com"), "itself an ECR host"),
             (spec("123456789012.dkr.ecr.us-east-1.amazonaws.com:443"), "itself an ECR host"),
             (json!({"host": "a.b", "registry": "ghcr.io"}), "spec.registry"),
