@@ -58,9 +58,18 @@ fn cases() -> Vec<Case> {
     ]
 }
 
-/// Of five identities one is broken, in every way: the four others are refreshed all along.
 #[tokio::test]
-async fn one_identity_of_five_is_broken() {
+async fn one_identity_of_five_cannot_be_assumed() {
+    one_identity_of_five_is_broken(Operation::AssumeRole).await;
+}
+
+#[tokio::test]
+async fn one_identity_of_five_gets_no_token() {
+    one_identity_of_five_is_broken(MINT).await;
+}
+
+/// Of five identities one is broken, in every way: the four others are refreshed all along.
+async fn one_identity_of_five_is_broken(operation: Operation) {
     const LIFETIME: Duration = Duration::from_secs(10);
     let cluster = Cluster::start().await;
     cluster.aws.set_token_lifetime(LIFETIME);
@@ -80,7 +89,9 @@ async fn one_identity_of_five_is_broken() {
     let namespace = running.namespace(&[]).await;
     running.token(&namespace, &registry(1)).await;
     let before = peak(&running.operator);
-    for Case { fault, operation, outcome, reason, words } in cases() {
+    for Case { fault, operation, outcome, reason, words } in
+        cases().into_iter().filter(|case| case.operation == operation)
+    {
         let what = format!("{fault:?} of {operation:?}");
         // Events of one case are not to be taken for those of another.
         let broken = unique("broken");
