@@ -43,6 +43,8 @@ pub struct Mutation<'a> {
     pub edits: Vec<Edit<'a>>,
     /// The pull secret to append, if it is missing.
     pub pull_secret: Option<AppendPullSecret<'a>>,
+    /// Whether the pod has no pull secret for its new images, and is too old to be given one.
+    pub lacks_pull_secret: bool,
     /// The annotation that keeps the names as written.
     pub trace: Option<Trace>,
 }
@@ -140,15 +142,17 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
             }
         }
     }
-    let pull_secret =
-        (wants_secret && request.operation == Operation::Create).then(|| append(pod, pull_secret)).flatten();
+    let missing = wants_secret.then(|| append(pod, pull_secret)).flatten();
+    // The list of an existing pod cannot change.
+    let (pull_secret, lacks_pull_secret) =
+        if request.operation == Operation::Create { (missing, false) } else { (None, missing.is_some()) };
     // The API server drops every other change from an update of this subresource.
     let trace = (request.sub_resource.is_empty() && !edits.is_empty()).then(|| trace(pod, &edits));
     if edits.is_empty() && pull_secret.is_none() {
         let unknown = !known && request.operation == Operation::Create;
         return if unknown { Verdict::Unknown } else { Verdict::Untouched };
     }
-    Verdict::Mutate(Mutation { edits, pull_secret, trace })
+    Verdict::Mutate(Mutation { edits, pull_secret, lacks_pull_secret, trace })
 }
 
 /// Whether a pod has an image that the table knows nothing of.

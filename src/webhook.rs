@@ -187,9 +187,19 @@ impl Webhook {
             }
             Verdict::Mutate(mutation) => {
                 debug!(pod = %PodName(request), images = mutation.edits.len(), "rewritten");
-                (Outcome::Rewritten, review::allow(&request.uid, Some(&mutation), None))
+                let warning = mutation.lacks_pull_secret.then(|| self.lacks_pull_secret());
+                (Outcome::Rewritten, review::allow(&request.uid, Some(&mutation), warning.as_deref()))
             }
         }
+    }
+
+    /// What is said to who debugs a pod whose credentials are not ours.
+    fn lacks_pull_secret(&self) -> String {
+        warning(&format!(
+            "ecr-cname: the pod has no pull secret {:?}, and an existing pod cannot be given one: the image can be pulled only with \
+             credentials of the node or of the pod's own",
+            self.settings.pull_secret
+        ))
     }
 
     /// Refuses a pod that would otherwise stay in `ErrImagePull` for ever; its controller tries again. Where the user

@@ -252,6 +252,28 @@ fn audit_mode_warns_and_patches_nothing() {
 }
 
 #[test]
+fn who_debugs_a_pod_without_the_pull_secret_is_warned() {
+    let webhook = webhook(false, FailurePolicy::Fail);
+    let pod = |debug: &str, secrets: Value| {
+        json!({"metadata": {}, "spec": {
+            "containers": [{"name": "app", "image": "nginx"}],
+            "ephemeralContainers": [{"name": "debug", "image": debug}],
+            "imagePullSecrets": secrets}})
+    };
+    let warnings = |debug: &str, secrets: Value| {
+        let (new, mut old) = (pod(debug, secrets.clone()), pod(debug, secrets));
+        old["spec"].as_object_mut().unwrap().remove("ephemeralContainers");
+        answer(&webhook, &review("UPDATE", "ephemeralcontainers", Some(&new), Some(&old)))["warnings"].clone()
+    };
+    let alias = "docker-ecr.internal.example.io/debug";
+    let said = warnings(alias, json!([{"name": "other"}]));
+    assert!(said[0].as_str().unwrap().contains("the pod has no pull secret \"ecr-cname\""), "{said}");
+    assert_eq!(warnings(alias, json!([{"name": "ecr-cname"}])), Value::Null);
+    assert_eq!(warnings("names.example.io/debug", json!([])), Value::Null, "an alias without a pull secret");
+    assert_eq!(warnings("busybox", json!([])), Value::Null);
+}
+
+#[test]
 fn an_unresolved_alias_passes_with_a_warning_under_ignore() {
     let webhook = webhook(false, FailurePolicy::Ignore);
     let pod = json!({"spec": {"containers": [{"name": "app", "image": "followed.example.io/app"}]}});
