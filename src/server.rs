@@ -91,7 +91,8 @@ pub async fn serve(
     drain: Duration,
 ) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let port = Arc::new(Port { builder: builder(limits.time), router, limits, shutdown, drain });
+    let (http1, http2) = (builder(limits.time).http1_only(), builder(limits.time).http2_only());
+    let port = Arc::new(Port { http1, http2, router, limits, shutdown, drain });
     let ledger = Ledger::new(limits, metrics);
     let mut connections = JoinSet::new();
     let mut sweep = tokio::time::interval(SWEEP);
@@ -154,8 +155,11 @@ fn builder(time: Duration) -> auto::Builder<TokioExecutor> {
     builder
 }
 
+/// One builder for each version, as agreed in the handshake: one that waits for the first bytes to tell them apart would cut a new
+/// connection off at a shutdown, where HTTP/2 has a goodbye.
 struct Port {
-    builder: auto::Builder<TokioExecutor>,
+    http1: auto::Builder<TokioExecutor>,
+    http2: auto::Builder<TokioExecutor>,
     router: Router,
     limits: Limits,
     shutdown: CancellationToken,
@@ -198,7 +202,8 @@ impl Port {
             port.clone().respond(request, charge)
         });
         let io = TokioIo::new(Heard { io, seat: seat.clone(), http1 });
-        let mut connection = std::pin::pin!(self.builder.serve_connection(io, service));
+        let builder = if http1 { &self.http1 } else { &self.http2 };
+        let mut connection = std::pin::pin!(builder.serve_connection(io, service));
         let patience = tokio::select! {
             ended = connection.as_mut() => {
                 if let Err(error) = ended {

@@ -19,7 +19,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use crate::cluster::{Cluster, REGISTRY, images, shared};
+use crate::cluster::{Cluster, LIMIT, REGISTRY, images, shared};
 
 /// A client that trusts the CA in the certificate's Secret, and nothing else.
 async fn connector(
@@ -171,6 +171,35 @@ async fn slow_clients_are_cut_off_and_others_are_served() {
     assert!(started.elapsed() < Duration::from_secs(10));
     let bad = operator.metric("ecr_cname_admissions_total{outcome=\"Rewritten\"}").await.unwrap();
     assert!(bad >= 1.0);
+}
+
+#[tokio::test]
+async fn a_new_connection_of_http_2_is_told_of_the_shutdown_and_not_cut_off() {
+    let cluster = &shared().await.cluster;
+    let webhook = cluster.quick_webhook("just-connected").await;
+    webhook.wait_ready().await.unwrap();
+    let connector = connector(cluster, &[&TLS13], &["h2"]).await;
+    let mut stream = connect(&connector, webhook.webhook_address()).await;
+
+    webhook.process().terminate().unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while TcpStream::connect(webhook.webhook_address()).await.is_ok() {
+        assert!(Instant::now() < deadline, "the port is still open");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+
+    // The preface and empty settings: what the API server sends before its first request.
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    const GOAWAY: u8 = 7;
+    loop {
+        let mut header = [0; 9];
+        stream.read_exact(&mut header).await.expect("the connection was cut off without a GOAWAY");
+        if header[3] == GOAWAY {
+            break;
+        }
+        let mut payload = vec![0; u32::from_be_bytes([0, header[0], header[1], header[2]]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+    }
 }
 
 #[tokio::test]
