@@ -161,7 +161,8 @@ pub struct WebhookArgs {
     #[arg(long, env = "ECR_CNAME_MAX_BODY", default_value_t = 8 * 1024 * 1024, value_name = "BYTES")]
     pub max_body: usize,
 
-    /// The most bytes that all requests together hold; beyond that, those go that wait for their clients
+    /// The most bytes that all requests together hold, and no less than twice --max-body; beyond that, those go that wait for
+    /// their clients
     #[arg(long, env = "ECR_CNAME_MAX_MEMORY", default_value_t = 32 * 1024 * 1024, value_name = "BYTES")]
     pub max_memory: usize,
 
