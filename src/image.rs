@@ -56,17 +56,19 @@ impl<'a> ImageRef<'a> {
             return Err(ParseError::Empty);
         }
         let (host, rest) = split_host(text);
-        let (name, digest) = match rest.split_once('@') {
-            Some((name, digest)) => (name, Some(digest)),
-            None => (rest, None),
-        };
-        let (path, tag) = match name.split_once(':') {
-            Some((path, tag)) => (path, Some(tag)),
-            None => (name, None),
-        };
         if host.is_some_and(|h| !is_host(h)) {
             return Err(ParseError::Host);
         }
+        Self::at_host(host, rest)
+    }
+
+    /// Parses what follows a host that is known to be one.
+    ///
+    /// # Errors
+    /// [`ParseError`] tells which part breaks the grammar.
+    pub fn at_host(host: Option<&'a str>, rest: &'a str) -> Result<Self, ParseError> {
+        let (name, digest) = split_at(rest, b'@');
+        let (path, tag) = split_at(name, b':');
         if path.len() > 255 {
             return Err(ParseError::PathTooLong);
         }
@@ -162,45 +164,54 @@ pub fn is_host(text: &str) -> bool {
             None => return false,
         }
     } else {
-        match text.split_once(':') {
-            Some((name, port)) => (Some(name), Some(port)),
-            None => (Some(text), None),
-        }
+        let (name, port) = split_at(text, b':');
+        (Some(name), port)
     };
-    name.is_none_or(|name| name.split('.').all(is_domain_component))
+    name.is_none_or(|name| name.as_bytes().split(|byte| *byte == b'.').all(is_domain_component))
         && port.is_none_or(|port| !port.is_empty() && port.bytes().all(|b| b.is_ascii_digit()))
 }
 
 /// Whether a text is one or more repository path components joined by slashes.
 #[must_use]
 pub fn is_path(text: &str) -> bool {
-    text.split('/').all(is_path_component)
+    text.as_bytes().split(|byte| *byte == b'/').all(is_path_component)
 }
 
 /// Splits what counts as a host from the rest of an image reference, whether either is valid or not.
 #[must_use]
 pub fn split_host(text: &str) -> (Option<&str>, &str) {
-    match text.split_once('/') {
-        // A slash may be in a digest, too, which has no host before it.
-        Some((first, rest)) if !first.contains('@') && looks_like_host(first) => (Some(first), rest),
-        _ => (None, text),
+    let mut looks_like_host = false;
+    for (place, byte) in text.bytes().enumerate() {
+        match byte {
+            b'/' if looks_like_host || text.get(..place) == Some("localhost") => {
+                return (text.get(..place), text.get(place + 1..).unwrap_or_default());
+            }
+            // A slash may be in a digest, too, which has no host before it.
+            b'/' | b'@' => break,
+            _ => looks_like_host |= matches!(byte, b'.' | b':') || byte.is_ascii_uppercase(),
+        }
+    }
+    (None, text)
+}
+
+/// Splits a text at the first of an ASCII character. The searches of `str` are made for longer texts than these.
+fn split_at(text: &str, at: u8) -> (&str, Option<&str>) {
+    let place = text.bytes().position(|byte| byte == at);
+    match place.and_then(|place| Some((text.get(..place)?, text.get(place + 1..)?))) {
+        Some((before, after)) => (before, Some(after)),
+        None => (text, None),
     }
 }
 
-fn looks_like_host(first: &str) -> bool {
-    first == "localhost" || first.bytes().any(|b| matches!(b, b'.' | b':') || b.is_ascii_uppercase())
-}
-
-fn is_domain_component(text: &str) -> bool {
-    let bytes = text.as_bytes();
+fn is_domain_component(bytes: &[u8]) -> bool {
     matches!((bytes.first(), bytes.last()), (Some(a), Some(b)) if a.is_ascii_alphanumeric() && b.is_ascii_alphanumeric())
         && bytes.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-')
 }
 
 /// `[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*`
-fn is_path_component(text: &str) -> bool {
+fn is_path_component(text: &[u8]) -> bool {
     let mut separator: Option<(u8, usize)> = Some((b'/', 0));
-    for byte in text.bytes() {
+    for &byte in text {
         separator = match (byte, separator) {
             (b'a'..=b'z' | b'0'..=b'9', _) => None,
             (b'.' | b'_' | b'-', None) => Some((byte, 1)),
@@ -219,7 +230,7 @@ fn is_tag(text: &str) -> bool {
 }
 
 fn is_digest(text: &str) -> bool {
-    let Some((algorithm, hex)) = text.split_once(':') else { return false };
+    let (algorithm, Some(hex)) = split_at(text, b':') else { return false };
     algorithm.split(['+', '.', '-', '_']).all(|part| {
         part.bytes().next().is_some_and(|b| b.is_ascii_alphabetic())
             && part.bytes().all(|b| b.is_ascii_alphanumeric())

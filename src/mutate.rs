@@ -123,9 +123,9 @@ pub fn mutate<'a>(request: &'a Request<'a>, table: &'a HostTable, pull_secret: &
     let mut wants_secret = false;
     let mut known = false;
     for (place, image) in pod.images.iter().enumerate() {
-        // Most images are at other hosts, and need not be parsed.
-        let Some(rule) = split_host(&image.reference).0.and_then(|host| table.rule(host)) else { continue };
-        let Ok(reference) = ImageRef::parse(&image.reference) else { continue };
+        let (Some(host), rest) = split_host(&image.reference) else { continue };
+        let Some(rule) = table.rule(host) else { continue };
+        let Ok(reference) = ImageRef::at_host(Some(host), rest) else { continue };
         if before.as_ref().is_some_and(|before| before.had(place, image)) {
             continue;
         }

@@ -7,15 +7,7 @@
 mod heard;
 mod ledger;
 
-use std::{
-    convert::Infallible,
-    io,
-    net::TcpListener,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{convert::Infallible, io, net::TcpListener, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -23,9 +15,11 @@ use axum::{
     http::{Request, Response, StatusCode},
     response::IntoResponse as _,
 };
-use http_body::{Body as _, Frame, SizeHint};
-use http_body_util::BodyExt as _;
-use hyper::{body::Incoming, service::service_fn};
+use http_body_util::{BodyExt as _, Collected, Full};
+use hyper::{
+    body::{Body as _, Incoming},
+    service::service_fn,
+};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -223,7 +217,7 @@ impl Port {
         self: Arc<Self>,
         request: Request<Incoming>,
         mut charge: Charge,
-    ) -> Result<Response<Held>, Infallible> {
+    ) -> Result<Response<Full<Bytes>>, Infallible> {
         let (parts, body) = request.into_parts();
         let read = timeout(self.limits.time, read(body, &mut charge, self.limits.body)).await;
         let response = match read.unwrap_or(Err(Rejection::Slow(self.limits.time))) {
@@ -244,8 +238,11 @@ impl Port {
         } else {
             response
         };
-        charge.answer(size.min(MAX_ANSWER), response.status().is_success());
-        Ok(response.map(|body| Held { body, _charge: charge }))
+        let (parts, body) = response.into_parts();
+        // Whoever answers here has all of it at hand, so nothing is waited for, and nothing can fail.
+        let body = body.collect().await.map(Collected::to_bytes).unwrap_or_default();
+        charge.answer(body.len(), parts.status.is_success());
+        Ok(Response::from_parts(parts, Full::new(Bytes::from_owner(Answer { body, _charge: charge }))))
     }
 }
 
@@ -302,30 +299,14 @@ async fn read(mut body: Incoming, charge: &mut Charge, limit: usize) -> Result<B
     Ok(whole.into())
 }
 
-/// The body of an answer, and what its request is charged for until the client has taken it.
-struct Held {
-    body: Body,
+/// The bytes of an answer, and what its request is charged for until they have been written: hyper drops them then, and no earlier.
+struct Answer {
+    body: Bytes,
     _charge: Charge,
 }
 
-impl http_body::Body for Held {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    // Never at its end before it says so itself: it is asked for more when the client has room for more, and so has taken
-    // what there was. Were it at its end with the last piece, it would be dropped while that waits for the client.
-    fn is_end_stream(&self) -> bool {
-        false
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.body
     }
 }

@@ -63,6 +63,8 @@ pub struct Webhook {
     /// Changes after the table does.
     updates: watch::Receiver<Arc<Aliases>>,
     settings: Settings,
+    /// What is said to who debugs a pod whose credentials are not ours.
+    lacks_pull_secret: String,
     limits: Limits,
     /// The bytes that requests may hold that wait for an alias.
     waiting: Semaphore,
@@ -92,10 +94,16 @@ impl Webhook {
     ) -> Arc<Self> {
         let metrics = Metrics::new(registry);
         let rejected = metrics.admissions[Outcome::Rejected as usize].clone();
+        let lacks_pull_secret = warning(&format!(
+            "ecr-cname: the pod has no pull secret {:?}, and an existing pod cannot be given one: the image can be pulled only with \
+             credentials of the node or of the pod's own",
+            settings.pull_secret
+        ));
         Arc::new(Self {
             table,
             updates,
             settings,
+            lacks_pull_secret,
             waiting: Semaphore::new(limits.memory / 4),
             limits,
             metrics,
@@ -187,19 +195,10 @@ impl Webhook {
             }
             Verdict::Mutate(mutation) => {
                 debug!(pod = %PodName(request), images = mutation.edits.len(), "rewritten");
-                let warning = mutation.lacks_pull_secret.then(|| self.lacks_pull_secret());
-                (Outcome::Rewritten, review::allow(&request.uid, Some(&mutation), warning.as_deref()))
+                let warning = mutation.lacks_pull_secret.then_some(&*self.lacks_pull_secret);
+                (Outcome::Rewritten, review::allow(&request.uid, Some(&mutation), warning))
             }
         }
-    }
-
-    /// What is said to who debugs a pod whose credentials are not ours.
-    fn lacks_pull_secret(&self) -> String {
-        warning(&format!(
-            "ecr-cname: the pod has no pull secret {:?}, and an existing pod cannot be given one: the image can be pulled only with \
-             credentials of the node or of the pod's own",
-            self.settings.pull_secret
-        ))
     }
 
     /// Refuses a pod that would otherwise stay in `ErrImagePull` for ever; its controller tries again. Where the user

@@ -67,6 +67,9 @@ enum Command {
         /// Compile the operator as tests have it, and not as it is shipped.
         #[arg(long)]
         debug: bool,
+        /// Another binary of the operator than the one of this tree.
+        #[arg(long, value_name = "FILE", conflicts_with = "debug")]
+        operator: Option<PathBuf>,
     },
     /// Build Go programs that have not been built yet, and print where they are.
     Build {
@@ -116,7 +119,10 @@ async fn main() -> ExitCode {
         }
         Command::Generate => generate().await,
         Command::Image { file, operator } => image(&file, operator),
-        Command::Soak { minutes, seed, rate, debug } => soak(minutes, seed, rate, debug).await,
+        Command::Soak { minutes, seed, rate, debug, operator } => {
+            let profile = if debug { Profile::Dev } else { Profile::Release };
+            soak(minutes, seed, rate, operator.map_or_else(|| build::operator(profile), Ok)).await
+        }
         Command::Build { programs } => build(&programs),
         Command::Capture { dir } => until_interrupted(capture(&dir)).await,
     };
@@ -136,11 +142,10 @@ async fn generate() -> Result<()> {
     Ok(())
 }
 
-async fn soak(minutes: f64, seed: Option<u64>, rate: u32, debug: bool) -> Result<()> {
+async fn soak(minutes: f64, seed: Option<u64>, rate: u32, operator: Result<PathBuf>) -> Result<()> {
     let duration = Duration::try_from_secs_f64(minutes * 60.0).context("--minutes")?;
     let seed = seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
-    let binary = build::operator(if debug { Profile::Dev } else { Profile::Release })?;
-    until_interrupted(soak::run(&binary, soak::Settings { duration, seed, rate })).await
+    until_interrupted(soak::run(&operator?, soak::Settings { duration, seed, rate })).await
 }
 
 fn image(file: &Path, operator: Option<PathBuf>) -> Result<()> {

@@ -186,7 +186,8 @@ impl Soak<'_> {
             load,
             violations,
             checks: self.invariants.checks(),
-            processes: self.invariants.processes(),
+            lasting: self.invariants.lasting(),
+            all: self.invariants.all(),
         }
     }
 

@@ -26,7 +26,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(10);
 /// No process may take more, ever: what the chart allows one is twice this.
 const MAX_RSS_MIB: u64 = 96;
-const MAX_DESCRIPTORS: usize = 256;
+const MAX_DESCRIPTORS: usize = 128;
 
 /// The watch over what must hold, on a thread of its own.
 pub(super) struct Invariants {
@@ -100,35 +100,33 @@ impl Invariants {
         }
     }
 
-    /// What each process took: the first and the last quarter of its samples, in the median, and the most.
-    pub(super) fn processes(&self) -> Vec<(String, [Sample; 3])> {
+    /// What those processes took that were there all along: the first and the last quarter of their samples, in the median, and
+    /// the most.
+    pub(super) fn lasting(&self) -> Vec<(String, [Sample; 3])> {
+        let times = self.processes.values().map(Vec::len).max().unwrap_or_default();
         let summary = |(name, samples): (&String, &Vec<Sample>)| {
             let quarter = samples.len().div_ceil(4);
-            let median = |part: &[Sample]| {
-                let middle = |mut values: Vec<u64>| {
-                    values.sort_unstable();
-                    values.get(values.len() / 2).copied().unwrap_or_default()
-                };
-                let descriptors = middle(part.iter().map(|s| s.descriptors as u64).collect());
-                Sample {
-                    rss_mib: middle(part.iter().map(|s| s.rss_mib).collect()),
-                    descriptors: usize::try_from(descriptors).unwrap_or(usize::MAX),
-                }
-            };
-            let most = Sample {
-                rss_mib: samples.iter().map(|s| s.rss_mib).max().unwrap_or_default(),
-                descriptors: samples.iter().map(|s| s.descriptors).max().unwrap_or_default(),
-            };
             let last = samples.len() - quarter;
-            (name.clone(), [median(&samples[..quarter]), median(&samples[last..]), most])
+            let of = [
+                Sample::median(&samples[..quarter]),
+                Sample::median(&samples[last..]),
+                Sample::most(samples),
+            ];
+            (name.clone(), of)
         };
-        self.processes.iter().map(summary).collect()
+        self.processes.iter().filter(|(_, samples)| samples.len() == times).map(summary).collect()
     }
 
-    /// What is wrong with how processes grew.
+    /// How many processes there were, and the most that any of them took.
+    pub(super) fn all(&self) -> (usize, Sample) {
+        let samples: Vec<_> = self.processes.values().flatten().copied().collect();
+        (self.processes.len(), Sample::most(&samples))
+    }
+
+    /// What is wrong with what processes took. Only one that was there all along can be seen to grow.
     pub(super) fn judge_processes(&self) -> Vec<String> {
         let mut violations = Vec::new();
-        for (name, [first, last, most]) in self.processes() {
+        for (name, [first, last, _]) in self.lasting() {
             if last.rss_mib > first.rss_mib + first.rss_mib / 4 + 8 {
                 violations.push(format!("{name} grew from {} to {} MiB", first.rss_mib, last.rss_mib));
             }
@@ -136,9 +134,10 @@ impl Invariants {
                 let (from, to) = (first.descriptors, last.descriptors);
                 violations.push(format!("{name} went from {from} to {to} file descriptors"));
             }
-            if most.rss_mib > MAX_RSS_MIB || most.descriptors > MAX_DESCRIPTORS {
-                violations.push(format!("{name} took {most:?}"));
-            }
+        }
+        let (_, most) = self.all();
+        if most.rss_mib > MAX_RSS_MIB || most.descriptors > MAX_DESCRIPTORS {
+            violations.push(format!("a process took {most:?}"));
         }
         violations
     }
@@ -148,6 +147,24 @@ impl Sample {
     fn of(pid: u32) -> Option<Self> {
         let rss_mib = Usage::of(pid).ok()?.rss >> 20;
         Some(Self { rss_mib, descriptors: fs::read_dir(format!("/proc/{pid}/fd")).ok()?.count() })
+    }
+
+    fn median(samples: &[Self]) -> Self {
+        fn middle<T: Ord + Copy + Default>(mut values: Vec<T>) -> T {
+            values.sort_unstable();
+            values.get(values.len() / 2).copied().unwrap_or_default()
+        }
+        Self {
+            rss_mib: middle(samples.iter().map(|s| s.rss_mib).collect()),
+            descriptors: middle(samples.iter().map(|s| s.descriptors).collect()),
+        }
+    }
+
+    fn most(samples: &[Self]) -> Self {
+        Self {
+            rss_mib: samples.iter().map(|s| s.rss_mib).max().unwrap_or_default(),
+            descriptors: samples.iter().map(|s| s.descriptors).max().unwrap_or_default(),
+        }
     }
 }
 

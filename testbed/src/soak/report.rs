@@ -35,7 +35,10 @@ pub(super) struct Report {
     pub(super) load: load::Report,
     pub(super) violations: Vec<String>,
     pub(super) checks: usize,
-    pub(super) processes: Vec<(String, [Sample; 3])>,
+    /// What each process took that was there all along: at first, at last, and the most.
+    pub(super) lasting: Vec<(String, [Sample; 3])>,
+    /// How many processes there were in all, and the most that any of them took.
+    pub(super) all: (usize, Sample),
 }
 
 /// Judges what was stored and what was not.
@@ -91,11 +94,13 @@ impl fmt::Display for Report {
             "\n| process | MiB: first quarter | last quarter | most | file descriptors: first | last | most |"
         )?;
         writeln!(f, "|---|--:|--:|--:|--:|--:|--:|")?;
-        for (name, [first, last, most]) in &self.processes {
+        for (name, [first, last, most]) in &self.lasting {
             let (a, b, c) = (first.rss_mib, last.rss_mib, most.rss_mib);
             let (d, e, g) = (first.descriptors, last.descriptors, most.descriptors);
             writeln!(f, "| {name} | {a} | {b} | {c} | {d} | {e} | {g} |")?;
         }
+        let (count, most) = self.all;
+        writeln!(f, "| all {count} | | | {} | | | {} |", most.rss_mib, most.descriptors)?;
         let load::Report { stored, unrewritten, failed, slowest } = &self.load;
         writeln!(
             f,
