@@ -61,8 +61,10 @@ const SWEEP: Duration = Duration::from_millis(500);
 const MAX_ANSWER: usize = 1024 * 1024;
 /// The most bytes of the headers of one request.
 const MAX_HEADERS: u32 = 8 * 1024;
-/// The most bytes that are read of a connection before anyone asked for them.
+/// The most bytes that are read of a request before anyone asked for them.
 const WINDOW: u32 = 256 * 1024;
+/// … and of all requests of a connection. A smaller one costs an answer of its own every other large request.
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// The most requests of one connection at one time. The API server opens another connection for more.
 const STREAMS: u32 = 64;
 /// After how long without a word a connection of HTTP/2 is asked whether it lives.
@@ -142,7 +144,7 @@ fn builder(time: Duration) -> auto::Builder<TokioExecutor> {
         .max_header_list_size(MAX_HEADERS)
         .max_send_buf_size(64 * 1024)
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         // Requests that are taken back, by the client or for its mistakes (rapid reset: CVE-2023-44487).
         .max_pending_accept_reset_streams(STREAMS as usize)
         .max_local_error_reset_streams(STREAMS as usize);
