@@ -158,6 +158,6 @@ const HEAD: &str = r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 
   }
 </style>
 <rect class="bg" x="0.5" y="0.5" width="819" height="305" rx="10"/>
-<rect class="bare" x="24" y="272" width="14" height="14" rx="3"/><text class="p" x="44" y="284">bare axum + rustls handler that reads the body: the limit of the stack</text>
-<rect class="us" x="486" y="272" width="14" height="14" rx="3"/><text class="p" x="506" y="284">ecr-cname webhook: parsed, decided, patched</text>
+<rect class="bare" x="24" y="272" width="14" height="14" rx="3"/><text class="p" x="44" y="284">bare axum + rustls handler that only reads the body</text>
+<rect class="us" x="424" y="272" width="14" height="14" rx="3"/><text class="p" x="444" y="284">ecr-cname webhook: parsed, decided, patched</text>
 "##;
