@@ -19,12 +19,12 @@ pub fn fixture(name: &str) -> Vec<u8> {
     fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// So many aliases, of which the fixtures name one.
+/// So many aliases. The fixtures name the one whose host comes first: it is in the first part of its group.
 pub fn aliases(count: usize) -> Vec<Alias> {
     let objects: Vec<RegistryAlias> = (0..count)
         .map(|n| {
             let host =
-                if n == 0 { "docker-ecr.internal.example.io".to_owned() } else { format!("a{n}.example.io") };
+                if n == 0 { "docker-ecr.internal.example.io".to_owned() } else { format!("x{n}.example.io") };
             serde_json::from_value(json!({
                 "apiVersion": "ecr-cname.dev/v1alpha1", "kind": "RegistryAlias",
                 "metadata": {"name": format!("a{n}"), "creationTimestamp": "2026-01-01T00:00:00Z"},

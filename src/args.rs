@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use jiff::SignedDuration;
 
-use crate::{matching::FailurePolicy, telemetry::LogFormat};
+use crate::{matching::FailurePolicy, telemetry::LogFormat, watch::WatchTimeout};
 
 /// Your own name for your ECR registry, everywhere in a Kubernetes cluster.
 #[derive(Debug, Parser)]
@@ -87,8 +87,8 @@ pub struct Process {
 
     /// How long a watch of the API server lasts before it is begun anew; a connection that died without a word is noticed
     /// 5 seconds after that at the latest
-    #[arg(long, env = "ECR_CNAME_WATCH_TIMEOUT", default_value = "2m", value_name = "TIME", value_parser = interval)]
-    pub watch_timeout: Duration,
+    #[arg(long, env = "ECR_CNAME_WATCH_TIMEOUT", default_value = "2m", value_name = "TIME", value_parser = watch_timeout)]
+    pub watch_timeout: WatchTimeout,
 
     /// How long to serve on, not ready, after SIGTERM, so that the API server learns of it
     #[arg(long, env = "ECR_CNAME_SHUTDOWN_DELAY", default_value = "5s", value_name = "TIME", value_parser = duration)]
@@ -346,6 +346,10 @@ fn duration(text: &str) -> Result<Duration, String> {
 fn interval(text: &str) -> Result<Duration, String> {
     let interval = duration(text)?;
     if interval < Duration::from_secs(1) { Err("at least 1s".to_owned()) } else { Ok(interval) }
+}
+
+fn watch_timeout(text: &str) -> Result<WatchTimeout, String> {
+    interval(text).map(WatchTimeout::new)
 }
 
 const TEN_YEARS: Duration = Duration::from_secs(10 * 365 * 24 * 3600);

@@ -39,7 +39,7 @@ use crate::{
     status,
     table::AliasTable,
     tokens::{self, TokenMetrics},
-    watch::{Aliases, WatchTimeout, follow_aliases, follow_one},
+    watch::{Aliases, follow_aliases, follow_one},
     webhook::{self, Webhook},
 };
 
@@ -94,7 +94,7 @@ pub async fn run(
         "starting"
     );
     // First of all: as the first process of a container, one that has no handler is not stopped by SIGTERM.
-    let watch_timeout = WatchTimeout::new(process.watch_timeout);
+    let watch_timeout = process.watch_timeout;
     let signals = Signals::new().context("signals cannot be handled")?;
     let client = client(watch_timeout.read_timeout()).await?;
     let mut tasks = Tasks { set: JoinSet::new(), shutdown: CancellationToken::new() };
@@ -201,7 +201,7 @@ impl Parts {
         let api: Api<MutatingWebhookConfiguration> = Api::all(self.client.clone());
         let name = args.kept.webhook_configuration.clone();
         let gate = self.readiness.gate("the MutatingWebhookConfiguration");
-        let timeout = WatchTimeout::new(self.process.watch_timeout);
+        let timeout = self.process.watch_timeout;
         self.tasks.spawn_until_shutdown("webhook configuration watch", async move {
             follow_one(api, &name, timeout, configuration_send, gate).await;
         });
@@ -303,7 +303,7 @@ impl Leader {
             secrets::Settings {
                 name: self.process.names.pull_secret.clone(),
                 scope: scope.clone(),
-                watch_timeout: WatchTimeout::new(self.process.watch_timeout),
+                watch_timeout: self.process.watch_timeout,
             },
             self.aliases.clone(),
             tokens.clone(),

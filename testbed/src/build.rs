@@ -17,6 +17,20 @@ pub enum Profile {
     Release,
 }
 
+/// The binary that was given, or else the operator of this tree, compiled if need be.
+///
+/// # Errors
+/// It does not compile.
+pub async fn operator_or(given: Option<PathBuf>, profile: Profile) -> Result<PathBuf> {
+    match given {
+        Some(binary) => Ok(binary),
+        None => {
+            eprintln!("testbed: compiling the operator");
+            tokio::task::spawn_blocking(move || operator(profile)).await?
+        }
+    }
+}
+
 /// Compiles the operator, if need be, and returns where the binary is.
 ///
 /// # Errors

@@ -110,18 +110,16 @@ enum Programs {
 #[tokio::main]
 async fn main() -> ExitCode {
     let result = match Args::parse().command {
-        Command::Up { node: true, once, operator } => {
-            until_interrupted(up_node::up(once, operator.as_deref())).await
-        }
+        Command::Up { node: true, once, operator } => until_interrupted(up_node::up(once, operator)).await,
         Command::Up { .. } => until_interrupted(hold()).await,
         Command::Scale { namespaces, aliases, binary } => {
             until_interrupted(scale::run(binary, &namespaces, aliases)).await
         }
         Command::Generate => generate().await,
-        Command::Image { file, operator } => image(&file, operator),
+        Command::Image { file, operator } => image(&file, operator).await,
         Command::Soak { minutes, seed, rate, debug, operator } => {
             let profile = if debug { Profile::Dev } else { Profile::Release };
-            soak(minutes, seed, rate, operator.map_or_else(|| build::operator(profile), Ok)).await
+            until_interrupted(soak(minutes, seed, rate, operator, profile)).await
         }
         Command::Build { programs } => build(&programs),
         Command::Capture { dir } => until_interrupted(capture(&dir)).await,
@@ -142,14 +140,21 @@ async fn generate() -> Result<()> {
     Ok(())
 }
 
-async fn soak(minutes: f64, seed: Option<u64>, rate: u32, operator: Result<PathBuf>) -> Result<()> {
+async fn soak(
+    minutes: f64,
+    seed: Option<u64>,
+    rate: u32,
+    operator: Option<PathBuf>,
+    profile: Profile,
+) -> Result<()> {
     let duration = Duration::try_from_secs_f64(minutes * 60.0).context("--minutes")?;
     let seed = seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
-    until_interrupted(soak::run(&operator?, soak::Settings { duration, seed, rate })).await
+    let operator = build::operator_or(operator, profile).await?;
+    soak::run(&operator, soak::Settings { duration, seed, rate }).await
 }
 
-fn image(file: &Path, operator: Option<PathBuf>) -> Result<()> {
-    let operator = operator.map_or_else(|| build::operator(Profile::Release), Ok)?;
+async fn image(file: &Path, operator: Option<PathBuf>) -> Result<()> {
+    let operator = build::operator_or(operator, Profile::Release).await?;
     let image = Image::operator(&operator)?;
     image.write_archive("ecr-cname", file)?;
     let size = image.size();

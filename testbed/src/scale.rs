@@ -39,13 +39,7 @@ const TOKEN_LIFETIME: Duration = Duration::from_secs(540);
 /// # Errors
 /// Something could not be started, or did not happen in time.
 pub async fn run(binary: Option<PathBuf>, sizes: &[usize], aliases: usize) -> Result<()> {
-    let binary = match binary {
-        Some(binary) => binary,
-        None => {
-            eprintln!("scale: compiling the operator as it is shipped");
-            tokio::task::spawn_blocking(|| build::operator(Profile::Release)).await??
-        }
-    };
+    let binary = build::operator_or(binary, Profile::Release).await?;
     for size in sizes {
         measure(&binary, *size).await.with_context(|| format!("{size} namespaces"))?;
     }

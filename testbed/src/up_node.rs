@@ -1,7 +1,7 @@
 //! `cargo testbed up --node`: from nothing to a pod that runs under a friendly name.
 
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -45,16 +45,13 @@ spec:
 ";
 
 /// Brings everything up and shows it. Without `once` it never returns unless that fails.
-pub(crate) async fn up(once: bool, operator: Option<&Path>) -> Result<()> {
+pub(crate) async fn up(once: bool, operator: Option<PathBuf>) -> Result<()> {
     // Before anything is built: whoever lacks a package should not wait for minutes to hear of it.
     Requirements::check()?;
     let started = Instant::now();
     let tell = |what: &str| eprintln!("testbed: {what} ({} s)", started.elapsed().as_secs());
 
-    let operator = match operator {
-        Some(path) => path.to_owned(),
-        None => spawn_blocking(|| build::operator(Profile::Dev)).await??,
-    };
+    let operator = build::operator_or(operator, Profile::Dev).await?;
     tell("the operator is compiled");
     let cluster = Cluster::start().await?;
     let (kubeconfig, values) = (testbed_dir().join("kubeconfig"), testbed_dir().join("values.yaml"));

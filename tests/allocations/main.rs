@@ -4,7 +4,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::{fs, path::Path, sync::Arc, time::Duration};
+#[allow(dead_code)]
+#[path = "../../benches/common.rs"]
+mod common;
+
+use std::{sync::Arc, time::Duration};
 
 use allocation_counter::{AllocationInfo, measure};
 use arc_swap::ArcSwap;
@@ -14,8 +18,6 @@ use axum::{
     http::{Request, header::CONTENT_TYPE},
 };
 use ecr_cname::{
-    alias::accept,
-    crd::RegistryAlias,
     matching::{self, FailurePolicy},
     metrics, review,
     server::Limits,
@@ -24,6 +26,8 @@ use ecr_cname::{
 };
 use serde_json::json;
 use tower::ServiceExt as _;
+
+use crate::common::fixture;
 
 /// A captured review; the most allocations and bytes from the body to the answer; the most of the whole handler: routing,
 /// taking the body, and the response besides.
@@ -104,30 +108,12 @@ fn measure_handler(
     })
 }
 
-fn fixture(name: &str) -> Vec<u8> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/fixtures").join(format!("{name}.json"));
-    fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
-}
-
 /// A webhook that knows so many aliases, one of which the fixtures name, and the path that it is called by for that one.
 fn webhook(aliases: usize) -> (Arc<Webhook>, String) {
-    let objects: Vec<RegistryAlias> = (0..aliases)
-        .map(|n| {
-            // Of all these hosts, the first one by name: it is in the first part of its group.
-            let host =
-                if n == 0 { "docker-ecr.internal.example.io".to_owned() } else { format!("x{n}.example.io") };
-            serde_json::from_value(json!({
-                "apiVersion": "ecr-cname.dev/v1alpha1", "kind": "RegistryAlias",
-                "metadata": {"name": format!("a{n}"), "creationTimestamp": "2026-01-01T00:00:00Z"},
-                "spec": {"host": host, "registry": "123456789012.dkr.ecr.us-east-1.amazonaws.com"},
-            }))
-            .unwrap()
-        })
-        .collect();
-    let accepted = accept(&objects);
-    let part = matching::parts(&accepted.aliases).into_iter().next().unwrap();
+    let aliases = common::aliases(aliases);
+    let part = matching::parts(&aliases).into_iter().next().unwrap();
     let path = format!("/mutate/{}/{}", part.group.as_str(), part.digest);
-    let table = Arc::new(ArcSwap::from_pointee(AliasTable::new(&accepted.aliases)));
+    let table = Arc::new(ArcSwap::from_pointee(AliasTable::new(&aliases)));
     let (_, updates) = tokio::sync::watch::channel(Arc::default());
     let settings =
         Settings { pull_secret: "ecr-cname".to_owned(), audit: false, failure_policy: FailurePolicy::Fail };

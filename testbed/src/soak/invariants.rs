@@ -173,22 +173,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at the pull secrets of all namespaces.
-    fn look(&self, secrets: Vec<Secret>) {
+    /// Sees the pull secrets of all namespaces, and judges them if it is time to.
+    fn see(&self, secrets: Vec<Secret>, judge: bool) {
         let served: BTreeSet<String> = secrets
             .into_iter()
             .filter(|secret| self.is_live(secret))
             .filter_map(|secret| secret.metadata.namespace)
             .collect();
         let mut state = self.lock();
-        let missing: Vec<_> = state.expected.difference(&served).cloned().collect();
-        state.checks += state.expected.len();
-        for namespace in missing {
-            state
-                .violations
-                .push(format!("the pull secret of {namespace} holds no live token for some registry"));
-            // Once is enough.
-            state.expected.remove(&namespace);
+        if judge {
+            let missing: Vec<_> = state.expected.difference(&served).cloned().collect();
+            state.checks += state.expected.len();
+            for namespace in missing {
+                state
+                    .violations
+                    .push(format!("the pull secret of {namespace} holds no live token for some registry"));
+                // Once is enough.
+                state.expected.remove(&namespace);
+            }
         }
         state.served = served;
     }
@@ -220,12 +222,8 @@ async fn watch(config: kube::Config, shared: Arc<Shared>) {
             let judge = looked.elapsed() >= LOOK_EVERY;
             if judge {
                 looked = Instant::now();
-                shared.look(list.items);
-            } else {
-                let live = list.items.into_iter().filter(|secret| shared.is_live(secret));
-                let live = live.filter_map(|secret| secret.metadata.namespace).collect();
-                shared.lock().served = live;
             }
+            shared.see(list.items, judge);
         }
         tokio::time::sleep(LOOK_EVERY / 8).await;
     }
