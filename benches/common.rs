@@ -47,5 +47,5 @@ pub fn decide<'a>(request: &'a Request<'a>, hosts: &'a HostTable) -> Option<Muta
 pub fn answer(body: &[u8], table: &AliasTable) -> Vec<u8> {
     let request = review::parse(body).unwrap();
     let hosts = table.group(Group::of(&Default::default()).as_str()).unwrap();
-    review::allow(&request.uid, decide(&request, hosts).as_ref(), None)
+    review::answer::allow(&request.uid, decide(&request, hosts).as_ref(), None)
 }

@@ -8,7 +8,7 @@
 //! no runtime. Edges do what was decided, and do not call one another: [`run`] joins them with channels.
 //!
 //! **An image name**, from an admission request to its answer: [`webhook`] (edge) → [`review`] (the wire, over [`json`]) → [`image`] →
-//! [`table`] → [`mutate`] → back through [`review`]. Its port is kept by [`server`] and [`client_auth`].
+//! [`table`] → [`mutate`] → [`review::answer`]. Its port is kept by [`server`] and [`client_auth`].
 //!
 //! **An alias**, from an object to the pods that it concerns: [`watch`] (edge) → [`crd`] → [`alias`] → [`table`], and on
 //! the leader [`dns`] (edge) → [`matching`] with [`scope`] → [`registration`] (edge), with a certificate from [`issuer`] and

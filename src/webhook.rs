@@ -39,7 +39,7 @@ use crate::{
     admin::Readiness,
     matching::FailurePolicy,
     mutate::{Mutation, Verdict, mutate, names_stranger},
-    review::{self, BadReview, Operation, Request},
+    review::{self, BadReview, Operation, Request, answer},
     server::{self, Limits, ServerMetrics},
     table::{AliasTable, HostTable},
     watch::Aliases,
@@ -169,7 +169,7 @@ impl Webhook {
         let Some(hosts) = table.group(group) else {
             // The API server knows an alias that we do not know yet, or no longer. Only a new pod may be refused.
             if request.operation != Operation::Create {
-                return (Outcome::Untouched, review::allow(&request.uid, None, None));
+                return (Outcome::Untouched, answer::allow(&request.uid, None, None));
             }
             return self.refuse(request, NOT_KNOWN_YET.to_owned());
         };
@@ -177,7 +177,7 @@ impl Webhook {
             // The API server sent it because it names an alias, so this replica is behind, or the API server is.
             Verdict::Unknown if !hosts.agrees_with(digest) => self.refuse(request, NOT_KNOWN_YET.to_owned()),
             Verdict::Untouched | Verdict::Unknown => {
-                (Outcome::Untouched, review::allow(&request.uid, None, None))
+                (Outcome::Untouched, answer::allow(&request.uid, None, None))
             }
             Verdict::Unresolved { alias, image } => self.refuse(
                 request,
@@ -191,12 +191,12 @@ impl Webhook {
             Verdict::Mutate(mutation) if self.settings.audit => {
                 let warning = audit_warning(&mutation);
                 info!(pod = %PodName(request), warning, "audit: a pod would be rewritten");
-                (Outcome::Audited, review::allow(&request.uid, None, Some(&warning)))
+                (Outcome::Audited, answer::allow(&request.uid, None, Some(&warning)))
             }
             Verdict::Mutate(mutation) => {
                 debug!(pod = %PodName(request), images = mutation.edits.len(), "rewritten");
                 let warning = mutation.lacks_pull_secret.then_some(&*self.lacks_pull_secret);
-                (Outcome::Rewritten, review::allow(&request.uid, Some(&mutation), warning))
+                (Outcome::Rewritten, answer::allow(&request.uid, Some(&mutation), warning))
             }
         }
     }
@@ -207,10 +207,10 @@ impl Webhook {
         let message = format!("ecr-cname: {message}");
         if self.settings.audit || self.settings.failure_policy == FailurePolicy::Ignore {
             warn!(pod = %PodName(request), message, "let through");
-            return (Outcome::LetThrough, review::allow(&request.uid, None, Some(&warning(&message))));
+            return (Outcome::LetThrough, answer::allow(&request.uid, None, Some(&warning(&message))));
         }
         warn!(pod = %PodName(request), message, "refused");
-        (Outcome::Denied, review::deny(&request.uid, 403, "Forbidden", &message))
+        (Outcome::Denied, answer::deny(&request.uid, 403, "Forbidden", &message))
     }
 }
 

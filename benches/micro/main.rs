@@ -78,7 +78,7 @@ fn write_the_answer(bencher: Bencher<'_, '_>, name: &str) {
     let (body, hosts) = (fixture(name), HostTable::of_all(&aliases(10)));
     let request = review::parse(&body).unwrap();
     let mutation = decide(&request, &hosts);
-    bencher.bench(|| review::allow(&request.uid, black_box(mutation.as_ref()), None));
+    bencher.bench(|| review::answer::allow(&request.uid, black_box(mutation.as_ref()), None));
 }
 
 /// What it would take to read the same with other parsers.
