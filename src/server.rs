@@ -67,8 +67,6 @@ const WINDOW: u32 = 256 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// The most requests of one connection at one time. The API server opens another connection for more.
 const STREAMS: u32 = 64;
-/// After how long without a word a connection of HTTP/2 is asked whether it lives.
-const PING: Duration = Duration::from_secs(30);
 /// How long the client of an idle connection may take to agree to its end.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -87,9 +85,9 @@ pub async fn serve(
     drain: Duration,
 ) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
-    let (http1, http2) = (builder(limits.time).http1_only(), builder(limits.time).http2_only());
+    let (http1, http2) = (builder().http1_only(), builder().http2_only());
     let port = Arc::new(Port { http1, http2, router, limits, shutdown, drain });
-    let ledger = Ledger::new(limits, metrics);
+    let ledger = Ledger::new(limits, metrics, port.shutdown.clone());
     let mut connections = JoinSet::new();
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
@@ -126,7 +124,7 @@ fn is_the_clients(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-fn builder(time: Duration) -> auto::Builder<TokioExecutor> {
+fn builder() -> auto::Builder<TokioExecutor> {
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -137,9 +135,7 @@ fn builder(time: Duration) -> auto::Builder<TokioExecutor> {
         .max_buf_size(64 * 1024);
     builder
         .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(PING)
-        .keep_alive_timeout(time)
+        // No pings: the ledger sees who is silent for too long, and they would cost something with every frame.
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(MAX_HEADERS)
         .max_send_buf_size(64 * 1024)
@@ -167,10 +163,11 @@ impl Port {
         // An answer is small, and nothing follows that it could be sent with.
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else { return self.converse(stream, true, seat).await };
-        let closed = seat.clone();
+        let mut shaking = std::pin::pin!(timeout(self.limits.time, tls.accept(stream)));
         let shaken = tokio::select! {
-            () = closed.closed() => return,
-            shaken = timeout(self.limits.time, tls.accept(stream)) => shaken,
+            shaken = shaking.as_mut() => shaken,
+            // Who is just coming in is told that the port closes, which takes HTTP.
+            () = seat.closed() => if self.shutdown.is_cancelled() { shaking.await } else { return },
         };
         match shaken {
             Ok(Ok(stream)) => {
@@ -207,9 +204,14 @@ impl Port {
                 }
                 return;
             }
-            // The API server may just be about to use an idle connection: it is told first.
-            () = seat.closed() => if seat.is_idle() { FAREWELL } else { return },
-            () = self.shutdown.cancelled() => self.drain,
+            () = seat.closed() => if self.shutdown.is_cancelled() {
+                self.drain
+            } else if seat.is_idle() {
+                // The API server may just be about to use it: it is told first.
+                FAREWELL
+            } else {
+                return
+            },
         };
         connection.as_mut().graceful_shutdown();
         let _ = timeout(patience, connection).await;

@@ -38,13 +38,15 @@ const SAY_AGAIN: Duration = Duration::from_secs(60);
 pub(super) struct Ledger {
     limits: Limits,
     metrics: ServerMetrics,
+    /// When the port closes, every connection has to go.
+    shutdown: CancellationToken,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
     next: u64,
-    connections: HashMap<u64, Connection>,
+    connections: BTreeMap<u64, Connection>,
     peers: HashMap<IpAddr, usize>,
     /// By age.
     requests: BTreeMap<u64, Request>,
@@ -62,6 +64,8 @@ struct Connection {
     requests: usize,
     /// Since when the headers of its next request are awaited, of which something has come.
     heard: Option<Instant>,
+    /// Whether it was told to go, and does not count any more.
+    leaving: bool,
     close: CancellationToken,
 }
 
@@ -74,8 +78,8 @@ struct Request {
 }
 
 impl Ledger {
-    pub(super) fn new(limits: Limits, metrics: ServerMetrics) -> Arc<Self> {
-        Arc::new(Self { limits, metrics, state: Mutex::default() })
+    pub(super) fn new(limits: Limits, metrics: ServerMetrics, shutdown: CancellationToken) -> Arc<Self> {
+        Arc::new(Self { limits, metrics, shutdown, state: Mutex::default() })
     }
 
     /// A place for a new connection; `None` if even those that have to go are not gone yet.
@@ -89,7 +93,7 @@ impl Ledger {
             return None;
         }
         let id = state.id();
-        let close = CancellationToken::new();
+        let close = self.shutdown.child_token();
         state.connections.insert(
             id,
             Connection {
@@ -98,6 +102,7 @@ impl Ledger {
                 answered: false,
                 requests: 0,
                 heard: None,
+                leaving: false,
                 close: close.clone(),
             },
         );
@@ -160,7 +165,7 @@ impl State {
         let victim = self
             .connections
             .iter()
-            .filter(|(_, c)| !c.close.is_cancelled() && self.peers.get(&c.peer).copied() == most)
+            .filter(|(_, c)| !c.leaving && self.peers.get(&c.peer).copied() == most)
             .min_by_key(|(_, c)| (c.answered, c.requests > 0, c.since))
             .map(|(id, _)| *id);
         if let Some(victim) = victim {
@@ -169,7 +174,8 @@ impl State {
     }
 
     fn close(&mut self, id: u64, reason: Reason, metrics: &ServerMetrics) {
-        let Some(connection) = self.connections.get(&id).filter(|c| !c.close.is_cancelled()) else { return };
+        let Some(connection) = self.connections.get_mut(&id).filter(|c| !c.leaving) else { return };
+        connection.leaving = true;
         connection.close.cancel();
         let peer = connection.peer;
         self.leave(peer);
@@ -220,7 +226,7 @@ struct Place {
 }
 
 impl Seat {
-    /// Completes when the connection has to go.
+    /// Completes when the connection has to go, be it because the port closes.
     pub(super) async fn closed(&self) {
         self.0.close.cancelled().await;
     }
@@ -268,7 +274,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut state = self.ledger.lock();
         if let Some(connection) = state.connections.remove(&self.id) {
-            if !connection.close.is_cancelled() {
+            if !connection.leaving {
                 state.leave(connection.peer);
             }
             self.ledger.metrics.connections.dec();
