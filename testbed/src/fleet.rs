@@ -3,17 +3,17 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use tokio::task::spawn_blocking;
 
 use crate::aws::AwsStandIn;
 use crate::controlplane::ControlPlane;
+use crate::eventually;
 use crate::operator::{Operator, Start};
 use crate::service::WebhookService;
 
 /// How long a replica may take to end, or to take the lead.
 const PATIENCE: Duration = Duration::from_secs(60);
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A role of the operator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,25 +155,19 @@ impl<'a> Fleet<'a> {
     /// # Errors
     /// None does.
     pub async fn leader(&self) -> Result<usize> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        eventually(PATIENCE, async || {
             let mut leaders = Vec::new();
             for (index, controller) in self.controllers.iter().enumerate() {
                 if controller.metric("ecr_cname_leader").await.is_ok_and(|leads| leads > 0.0) {
                     leaders.push(index);
                 }
             }
-            if let [leader] = leaders[..] {
-                return Ok(leader);
-            }
-            ensure!(
-                Instant::now() < deadline,
-                "{} of {} controllers lead",
-                leaders.len(),
-                self.controllers.len()
-            );
-            tokio::time::sleep(POLL_INTERVAL).await;
-        }
+            let [leader] = leaders[..] else {
+                bail!("{} of {} controllers lead", leaders.len(), self.controllers.len());
+            };
+            Ok(leader)
+        })
+        .await
     }
 }
 

@@ -64,6 +64,8 @@ mod random;
 mod run_dir;
 mod workspace;
 
+use std::time::{Duration, Instant};
+
 use tokio::signal::unix::{SignalKind, signal};
 
 pub use workspace::testbed_dir;
@@ -72,6 +74,26 @@ pub use workspace::testbed_dir;
 pub fn install_crypto_provider() {
     // An error says that a provider is installed already, which is all that is wanted.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}
+
+/// Tries until it succeeds, and gives up after `limit`.
+///
+/// # Errors
+/// The last one.
+pub async fn eventually<T>(
+    limit: Duration,
+    mut attempt: impl AsyncFnMut() -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match attempt().await {
+            Err(error) if Instant::now() > deadline => {
+                return Err(error.context(format!("still so after {limit:?}")));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
+            done => return done,
+        }
+    }
 }
 
 /// Does `work` until it is done or the process is told to stop, which is no failure.

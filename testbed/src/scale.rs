@@ -18,6 +18,7 @@ use crate::{
     aws::{AwsStandIn, Operation, Scope},
     build::{self, Profile},
     controlplane::ControlPlane,
+    eventually,
     operator::{self, Operator, ROLE, SUBJECT, Start},
     usage::Usage,
 };
@@ -234,12 +235,11 @@ async fn settled(operator: &Operator, namespaces: usize) -> Result<()> {
 }
 
 async fn wait<F: Future<Output = Result<bool>>>(what: &str, done: impl Fn() -> F) -> Result<()> {
-    let started = Instant::now();
-    while !done().await? {
-        ensure!(started.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    Ok(())
+    eventually(LIMIT, async || {
+        ensure!(done().await?, "{what}: not yet");
+        Ok(())
+    })
+    .await
 }
 
 #[allow(clippy::cast_precision_loss)]

@@ -13,13 +13,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use ecr_cname::crd::RegistryAlias;
+use ecr_cname::crd::{RegistryAlias, RegistryAliasStatus};
 use kube::Api;
 use serde_json::json;
 
 use crate::apiproxy::ApiProxy;
 use crate::aws::AwsStandIn;
 use crate::controlplane::ControlPlane;
+use crate::eventually;
 use crate::fleet::{Fleet, Role};
 use crate::load::{Load, Target};
 use crate::operator::{self, ROLE, SUBJECT, Start};
@@ -45,7 +46,6 @@ const CONVERGENCE: Duration = Duration::from_secs(60);
 const TOKEN_LIFETIME: Duration = Duration::from_secs(90);
 /// The role of one of the aliases.
 const PULL_ROLE: &str = "arn:aws:iam::210987654321:role/pull";
-const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Name, host, registry and the registry that it moves to and back.
 const ALIASES: [(&str, &str, [&str; 2]); 3] = [
@@ -242,19 +242,14 @@ async fn create_alias(control_plane: &ControlPlane, name: &str, host: &str, regi
 /// Waits until an alias is ready for its present spec.
 async fn ready(control_plane: &ControlPlane, name: &str) -> Result<()> {
     let api: Api<RegistryAlias> = Api::all(control_plane.kube_client()?);
-    let deadline = Instant::now() + CONVERGENCE;
-    loop {
-        let alias = api.get(name).await;
-        let is_ready = alias.as_ref().is_ok_and(|alias| {
-            let current =
-                |s: &&ecr_cname::crd::RegistryAliasStatus| s.observed_generation == alias.metadata.generation;
-            let status = alias.status.as_ref().filter(current);
-            status.is_some_and(|s| s.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
-        });
-        if is_ready {
-            return Ok(());
-        }
-        ensure!(Instant::now() < deadline, "alias {name} is not ready: {:?}", alias.map(|a| a.status));
-        tokio::time::sleep(POLL_INTERVAL).await;
-    }
+    eventually(CONVERGENCE, async || {
+        let alias = api.get(name).await?;
+        let current = |s: &&RegistryAliasStatus| s.observed_generation == alias.metadata.generation;
+        let status = alias.status.as_ref().filter(current);
+        let is_ready =
+            status.is_some_and(|s| s.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
+        ensure!(is_ready, "alias {name} is not ready: {:?}", alias.status);
+        Ok(())
+    })
+    .await
 }

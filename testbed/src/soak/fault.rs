@@ -1,9 +1,9 @@
 //! The faults of a soak, and how they are made.
 
 use std::fmt;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, ensure};
 use ecr_cname::crd::RegistryAlias;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams};
@@ -12,6 +12,7 @@ use serde_json::json;
 use super::{ALIASES, Soak, create_alias, ready};
 use crate::apiproxy;
 use crate::aws;
+use crate::eventually;
 use crate::fleet::Role;
 
 /// The replica of each role that is not ended or killed, so that its memory can be watched for the whole time.
@@ -208,15 +209,14 @@ impl Soak<'_> {
         let (suspended, other) = (leader, if leader == SPARED { VICTIM } else { SPARED });
         let controllers = self.fleet.replicas(Role::Controller);
         controllers[suspended].process().pause()?;
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !controllers[other].metric("ecr_cname_leader").await.is_ok_and(|leads| leads > 0.0) {
-            if Instant::now() > deadline {
-                controllers[suspended].process().resume()?;
-                bail!("nobody took over from a leader that was suspended");
-            }
-            tokio::time::sleep(super::POLL_INTERVAL).await;
-        }
-        controllers[suspended].process().resume()
+        let taken_over = eventually(Duration::from_secs(30), async || {
+            let leads = controllers[other].metric("ecr_cname_leader").await?;
+            ensure!(leads > 0.0, "nobody took over from a leader that was suspended");
+            Ok(())
+        })
+        .await;
+        controllers[suspended].process().resume()?;
+        taken_over
     }
 
     async fn move_alias(&mut self) -> Result<()> {

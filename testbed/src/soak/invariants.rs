@@ -18,6 +18,7 @@ use super::ALIASES;
 use crate::aws::AwsStandIn;
 use crate::background::Background;
 use crate::controlplane::ControlPlane;
+use crate::eventually;
 use crate::process::Process;
 use crate::usage::Usage;
 
@@ -72,15 +73,12 @@ impl Invariants {
 
     /// Waits until a namespace has live tokens.
     pub(super) async fn served(&self, namespace: &str, limit: Duration) -> Result<()> {
-        let deadline = Instant::now() + limit;
-        while !self.shared.lock().served.contains(namespace) {
-            ensure!(
-                Instant::now() < deadline,
-                "the new namespace {namespace} has no live tokens after {limit:?}"
-            );
-            tokio::time::sleep(super::POLL_INTERVAL).await;
-        }
-        Ok(())
+        eventually(limit, async || {
+            let served = self.shared.lock().served.contains(namespace);
+            ensure!(served, "the new namespace {namespace} has no live tokens");
+            Ok(())
+        })
+        .await
     }
 
     /// How often a namespace was looked at.
