@@ -40,7 +40,7 @@ pub fn serve(dir: &Path) -> Result<()> {
     let chain = vec![CertificateDer::from_pem_file(dir.join("tls.crt"))?];
     let key = PrivateKeyDer::from_pem_file(dir.join("tls.key"))?;
     let mut tls = ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key)?;
-    tls.alpn_protocols = vec![b"h2".to_vec()];
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let tls = TlsAcceptor::from(Arc::new(tls));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(async {

@@ -1,4 +1,4 @@
-//! The load: requests over HTTP/2 and TLS, at a fixed rate or as many as the server can take.
+//! The load: requests over TLS, at a fixed rate or as many as the server can take.
 
 use std::{
     cell::{Cell, RefCell},
@@ -9,18 +9,45 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
-use h2::client::SendRequest;
+use http_body_util::{BodyExt as _, Full};
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
 use rustls::pki_types::ServerName;
-use tokio::{net::TcpStream, sync::OnceCell, task::LocalSet};
+use tokio::{
+    net::TcpStream,
+    sync::{Mutex, OnceCell},
+    task::LocalSet,
+};
 use tokio_rustls::TlsConnector;
+
+/// How many requests are under way at saturation, whatever the protocol.
+const UNDER_WAY: usize = 64;
+
+/// How requests share connections. The API server speaks HTTP/2 to a URL, and HTTP/1.1 to a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// A connection for each request under way.
+    Http1,
+    /// Four connections for all of them.
+    Http2,
+}
+
+impl Protocol {
+    fn connections(self) -> usize {
+        match self {
+            Self::Http1 => UNDER_WAY,
+            Self::Http2 => 4,
+        }
+    }
+}
 
 /// How fast requests are sent.
 #[derive(Clone, Copy, Debug)]
 pub enum Rate {
     /// So many in each second, whether they are answered or not.
     Fixed(u32),
-    /// Always so many under way on each connection.
-    Saturation(usize),
+    /// As many as the server can take, with 64 under way.
+    Saturation,
 }
 
 /// What came of a load.
@@ -45,16 +72,25 @@ pub struct Measured {
 pub struct Client {
     address: SocketAddr,
     tls: TlsConnector,
-    connections: Vec<OnceCell<SendRequest<Bytes>>>,
+    protocol: Protocol,
+    connections: Vec<OnceCell<Connection>>,
     answered: Cell<u64>,
 }
 
+#[derive(Clone)]
+enum Connection {
+    /// Whoever finds it taken waits.
+    Http1(Rc<Mutex<http1::SendRequest<Full<Bytes>>>>),
+    Http2(h2::client::SendRequest<Bytes>),
+}
+
 impl Client {
-    pub fn new(address: SocketAddr, ca: &str, connections: usize) -> Result<Self> {
+    pub fn new(address: SocketAddr, ca: &str, protocol: Protocol) -> Result<Self> {
         Ok(Self {
             address,
-            tls: super::tls(ca)?.into(),
-            connections: (0..connections).map(|_| OnceCell::new()).collect(),
+            tls: super::tls(ca, protocol)?.into(),
+            protocol,
+            connections: (0..protocol.connections()).map(|_| OnceCell::new()).collect(),
             answered: Cell::new(0),
         })
     }
@@ -67,8 +103,8 @@ impl Client {
     /// Sends one request and returns the answer.
     pub async fn ask(&self, path: &str, body: Bytes) -> Result<Vec<u8>> {
         let mut answer = Vec::new();
-        exchange(self.connection(0).await?, &self.uri(path)?, body, |part| answer.extend_from_slice(part))
-            .await?;
+        let connection = self.connection(0).await?;
+        connection.exchange(&self.uri(path)?, body, |part| answer.extend_from_slice(part)).await?;
         self.answered.set(self.answered.get() + 1);
         Ok(answer)
     }
@@ -85,11 +121,11 @@ impl Client {
         let latencies = Rc::new(RefCell::new(Vec::with_capacity(1 << 18)));
         let started = Instant::now();
         let (uri, body, seen) = (self.uri(path)?, body.clone(), latencies.clone());
-        let exchange = move |connection: SendRequest<Bytes>, due: Instant| {
+        let exchange = move |connection: Connection, due: Instant| {
             let (uri, body, seen) = (uri.clone(), body.clone(), seen.clone());
             async move {
                 let mut length = 0;
-                exchange(connection, &uri, body, |part| length += part.len()).await?;
+                connection.exchange(&uri, body, |part| length += part.len()).await?;
                 ensure!(length == expected, "an answer of {length} bytes instead of {expected}");
                 seen.borrow_mut().push(due.elapsed().as_nanos().try_into().unwrap_or(u32::MAX));
                 Ok(())
@@ -102,11 +138,12 @@ impl Client {
         let tasks = LocalSet::new();
         let mut handles = Vec::new();
         match rate {
-            Rate::Saturation(streams) => {
+            Rate::Saturation => {
+                let each = UNDER_WAY / connections.len();
                 tasks
                     .run_until(async {
                         for connection in connections {
-                            for _ in 0..streams {
+                            for _ in 0..each {
                                 let (exchange, connection) = (exchange.clone(), connection.clone());
                                 handles.push(tokio::task::spawn_local(async move {
                                     while started.elapsed() < time {
@@ -154,44 +191,63 @@ impl Client {
         Ok(format!("https://{}{path}", self.address).parse()?)
     }
 
-    async fn connection(&self, index: usize) -> Result<SendRequest<Bytes>> {
+    async fn connection(&self, index: usize) -> Result<Connection> {
         let connect = || async {
             let stream = TcpStream::connect(self.address).await?;
             stream.set_nodelay(true)?;
             let stream = self.tls.connect(ServerName::from(self.address.ip()), stream).await?;
-            let (send, connection) = h2::client::handshake(stream).await?;
-            tokio::spawn(async move {
-                // Whoever sends on it is told.
-                let _ = connection.await;
-            });
-            anyhow::Ok(send)
+            // Whoever sends on a connection is told how it ended.
+            anyhow::Ok(match self.protocol {
+                Protocol::Http1 => {
+                    let (send, connection) = http1::handshake(TokioIo::new(stream)).await?;
+                    tokio::spawn(async move { drop(connection.await) });
+                    Connection::Http1(Rc::new(Mutex::new(send)))
+                }
+                Protocol::Http2 => {
+                    let (send, connection) = h2::client::handshake(stream).await?;
+                    tokio::spawn(async move { drop(connection.await) });
+                    Connection::Http2(send)
+                }
+            })
         };
         Ok(self.connections[index].get_or_try_init(connect).await?.clone())
     }
 }
 
-/// One request and its answer.
-async fn exchange(
-    connection: SendRequest<Bytes>,
-    uri: &http::Uri,
-    body: Bytes,
-    mut part: impl FnMut(&[u8]),
-) -> Result<()> {
-    let request = http::Request::post(uri.clone())
-        .header("content-type", "application/json")
-        .header("content-length", body.len())
-        .header("accept", "application/json, */*")
-        .header("user-agent", "kube-apiserver-admission")
-        .body(())?;
-    let (response, mut stream) = connection.ready().await?.send_request(request, false)?;
-    stream.send_data(body, true)?;
-    let response = response.await?;
-    ensure!(response.status() == 200, "{}", response.status());
-    let mut body = response.into_body();
-    while let Some(bytes) = body.data().await {
-        let bytes = bytes.context("an answer broke off")?;
-        part(&bytes);
-        body.flow_control().release_capacity(bytes.len())?;
+impl Connection {
+    /// One request and its answer.
+    async fn exchange(self, uri: &http::Uri, body: Bytes, mut part: impl FnMut(&[u8])) -> Result<()> {
+        let request = http::Request::post(uri.clone())
+            .header("content-type", "application/json")
+            .header("content-length", body.len())
+            .header("accept", "application/json, */*")
+            .header("user-agent", "kube-apiserver-admission");
+        match self {
+            Self::Http1(connection) => {
+                let mut connection = connection.lock().await;
+                connection.ready().await?;
+                let request = request.header("host", uri.authority().map_or("", |host| host.as_str()));
+                let response = connection.send_request(request.body(Full::new(body))?).await?;
+                ensure!(response.status() == 200, "{}", response.status());
+                let mut body = response.into_body();
+                while let Some(frame) = body.frame().await {
+                    part(frame.context("an answer broke off")?.data_ref().map_or(&[], |bytes| bytes));
+                }
+            }
+            Self::Http2(connection) => {
+                let (response, mut stream) =
+                    connection.ready().await?.send_request(request.body(())?, false)?;
+                stream.send_data(body, true)?;
+                let response = response.await?;
+                ensure!(response.status() == 200, "{}", response.status());
+                let mut body = response.into_body();
+                while let Some(bytes) = body.data().await {
+                    let bytes = bytes.context("an answer broke off")?;
+                    part(&bytes);
+                    body.flow_control().release_capacity(bytes.len())?;
+                }
+            }
+        }
+        Ok(())
     }
-    Ok(())
 }

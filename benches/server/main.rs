@@ -46,7 +46,7 @@ use testbed::{
 };
 
 use crate::{
-    load::{Client, Outcome, Rate},
+    load::{Client, Outcome, Protocol, Rate},
     report::Round,
 };
 
@@ -55,8 +55,6 @@ const REGISTRY: &str = "123456789012.dkr.ecr.us-east-1.amazonaws.com";
 /// Where the servers are, and where everything else is.
 const SERVER_CORE: usize = 0;
 const LOAD_CORE: usize = 1;
-const CONNECTIONS: usize = 4;
-const STREAMS: usize = 16;
 const FIXED_RATE: u32 = 2000;
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -84,6 +82,9 @@ struct Args {
     /// How many requests each server shall have answered in the end, for the peak of its memory.
     #[arg(long, default_value_t = 1_000_000)]
     requests: u64,
+    /// Speak HTTP/1.1 on 64 connections, as the API server does to a Service, instead of HTTP/2 on 4.
+    #[arg(long)]
+    http1: bool,
     /// Only these fixtures.
     #[arg(long)]
     only: Vec<String>,
@@ -114,6 +115,7 @@ fn main() -> Result<()> {
 }
 
 async fn bench(args: &Args) -> Result<()> {
+    let protocol = if args.http1 { Protocol::Http1 } else { Protocol::Http2 };
     let control_plane = ControlPlane::start().await?;
     operator::install(&control_plane).await?;
     let dir = control_plane.dir().join("baseline");
@@ -127,7 +129,7 @@ async fn bench(args: &Args) -> Result<()> {
     let webhook = Server {
         name: "ecr-cname",
         pid: operator.process().pid(),
-        client: Client::new(operator.webhook_address(), &ca, CONNECTIONS)?,
+        client: Client::new(operator.webhook_address(), &ca, protocol)?,
     };
     let mut fixtures = Vec::new();
     for (name, title) in FIXTURES {
@@ -142,8 +144,7 @@ async fn bench(args: &Args) -> Result<()> {
         fixtures.push(Fixture { name, title, body: body.into(), answer: answer.len() });
     }
     let (process, address) = on_core(SERVER_CORE, || async { start_baseline(&dir, &control_plane) }).await?;
-    let bare =
-        Server { name: "baseline", pid: process.pid(), client: Client::new(address, &ca, CONNECTIONS)? };
+    let bare = Server { name: "baseline", pid: process.pid(), client: Client::new(address, &ca, protocol)? };
     await_listener(address).await?;
 
     let mut rounds = Vec::new();
@@ -157,8 +158,7 @@ async fn bench(args: &Args) -> Result<()> {
             }
             for (server, path) in pair {
                 let fixed = server.load(fixture, path, Rate::Fixed(FIXED_RATE), args.fixed).await?;
-                let saturated =
-                    server.load(fixture, path, Rate::Saturation(STREAMS), args.saturation).await?;
+                let saturated = server.load(fixture, path, Rate::Saturation, args.saturation).await?;
                 rounds.push(Round { server: server.name, fixture: fixture.name, fixed, saturated });
             }
         }
@@ -169,7 +169,7 @@ async fn bench(args: &Args) -> Result<()> {
         let path = if server.name == "baseline" { format!("/{}", fixture.name) } else { path.to_owned() };
         while server.client.answered() < args.requests {
             eprintln!("{} has answered {} requests", server.name, server.client.answered());
-            server.load(fixture, &path, Rate::Saturation(STREAMS), 5.0).await?;
+            server.load(fixture, &path, Rate::Saturation, 5.0).await?;
         }
         memory.push((server.name, server.client.answered(), Usage::of(server.pid)?));
     }
@@ -337,12 +337,13 @@ async fn await_listener(address: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// A configuration that trusts the CA and speaks HTTP/2.
-fn tls(ca: &str) -> Result<Arc<rustls::ClientConfig>> {
+/// A configuration that trusts the CA and speaks the protocol.
+fn tls(ca: &str, protocol: Protocol) -> Result<Arc<rustls::ClientConfig>> {
     use rustls::pki_types::{CertificateDer, pem::PemObject as _};
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(ca.as_bytes())?)?;
     let mut config = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    let name: &[u8] = if protocol == Protocol::Http1 { b"http/1.1" } else { b"h2" };
+    config.alpn_protocols = vec![name.to_vec()];
     Ok(Arc::new(config))
 }
