@@ -275,10 +275,10 @@ impl Rejection {
     }
 }
 
-/// Reads a whole body. Its bytes count as they come, not as they are announced.
+/// Reads a whole body. It holds at most eight times the bytes that have come, whatever was announced.
 async fn read(mut body: Incoming, charge: &mut Charge, limit: usize) -> Result<Bytes, Rejection> {
-    let announced = usize::try_from(body.size_hint().lower()).unwrap_or(usize::MAX);
-    if announced > limit {
+    let announced = body.size_hint().exact().map(|size| usize::try_from(size).unwrap_or(usize::MAX));
+    if announced.is_some_and(|size| size > limit) {
         return Err(Rejection::Large(limit));
     }
     let mut whole: Vec<u8> = Vec::new();
@@ -294,7 +294,9 @@ async fn read(mut body: Incoming, charge: &mut Charge, limit: usize) -> Result<B
         }
         // Copied, because a piece keeps the whole buffer alive that it was read into.
         if length > whole.capacity() {
-            let capacity = (whole.capacity() * 2).min(announced.max(length)).max(length);
+            // What is announced is believed as far as eight times what has come; else what has come is copied too often.
+            let more = if announced.is_some() { length * 8 } else { whole.capacity() * 2 };
+            let capacity = more.min(announced.unwrap_or(limit)).max(length);
             charge.hold(capacity).ok_or(Rejection::Busy)?;
             whole.reserve_exact(capacity - whole.len());
         }
