@@ -78,8 +78,8 @@ enum Command {
     },
     /// Measure how the controller's cost grows with the number of namespaces. Takes about five minutes for each size.
     Scale {
-        /// How many namespaces; may be given more than once.
-        #[arg(long, value_name = "N", default_values_t = [100, 1000, 10_000])]
+        /// How many namespaces, one cluster after the other.
+        #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [100, 1000, 10_000])]
         namespaces: Vec<usize>,
         /// How many aliases, in a cluster of its own; 0 for none.
         #[arg(long, value_name = "N", default_value_t = 1000)]
