@@ -3,7 +3,7 @@
 //! One bit stands for one byte. That an odd number of quotes before it puts a byte into a string, and how runs of
 //! backslashes are told apart without a branch, is the method of simdjson: <https://arxiv.org/abs/1902.08318>, section 3.
 
-use wide::u8x16;
+use fearless_simd::{Level, Simd, SimdBase as _, SimdMask as _, dispatch, u8x64};
 
 /// Where of 64 bytes some are, the first byte in the lowest bit.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -27,58 +27,85 @@ struct Carry {
 
 /// The place of the quote that ends a string, in bytes that begin within it.
 pub(super) fn end_of_string(bytes: &[u8]) -> Option<usize> {
-    let mut carry = Carry::default();
-    in_blocks(bytes, |bits| {
-        let quotes = bits.quotes & !carry.escaped_by(bits.backslashes);
-        (quotes != 0).then(|| quotes.trailing_zeros() as usize)
-    })
+    dispatch!(Level::new(), simd => find(simd, bytes, InString::default()))
 }
 
 /// The place of the bracket that ends an object or array, in bytes that begin within it. The two kinds of brackets are
 /// not told apart: in JSON they nest, and text that is not JSON is only skipped.
 pub(super) fn end_of_container(bytes: &[u8]) -> Option<usize> {
-    let mut carry = Carry::default();
-    let mut depth = 1_u64;
-    in_blocks(bytes, |bits| {
-        let quotes = bits.quotes & !carry.escaped_by(bits.backslashes);
-        let in_string = parity(quotes) ^ carry.in_string;
-        carry.in_string = if in_string >> 63 == 1 { u64::MAX } else { 0 };
-        let (opening, mut closing) = (bits.opening & !in_string, bits.closing & !in_string);
-        // Most blocks cannot end it, whatever their order.
-        if u64::from(closing.count_ones()) < depth {
-            depth = depth + u64::from(opening.count_ones()) - u64::from(closing.count_ones());
-            return None;
-        }
-        let (before, mut closed) = (depth, 0);
-        while closing != 0 {
-            let at = closing.trailing_zeros();
-            let opened = u64::from((opening & ((1 << at) - 1)).count_ones());
-            closed += 1;
-            if before + opened == closed {
-                return Some(at as usize);
-            }
-            closing &= closing - 1;
-        }
-        depth = before + u64::from(opening.count_ones()) - closed;
-        None
-    })
+    dispatch!(Level::new(), simd => find(simd, bytes, InContainer::default()))
 }
 
-/// Calls `find` for each 64 bytes until it finds something, and returns where. The last block is filled up with zeros.
-fn in_blocks(bytes: &[u8], mut find: impl FnMut(Bits) -> Option<usize>) -> Option<usize> {
+/// What is looked for, 64 bytes after 64 bytes.
+trait Search {
+    /// The place in this block, if it is there.
+    fn step(&mut self, bits: Bits) -> Option<usize>;
+}
+
+/// With the widest vectors that this processor has. The last block is filled up with zeros.
+#[inline(always)]
+fn find<S: Simd>(simd: S, bytes: &[u8], mut search: impl Search) -> Option<usize> {
     let (blocks, rest) = bytes.as_chunks::<64>();
     for (i, block) in blocks.iter().enumerate() {
-        if let Some(found) = find(bits(block)) {
+        if let Some(found) = search.step(bits(simd, block)) {
             return Some(i * 64 + found);
         }
     }
     let mut last = [0; 64];
     last.get_mut(..rest.len())?.copy_from_slice(rest);
-    find(bits(&last)).map(|found| blocks.len() * 64 + found)
+    search.step(bits(simd, &last)).map(|found| blocks.len() * 64 + found)
+}
+
+#[derive(Default)]
+struct InString {
+    carry: Carry,
+}
+
+impl Search for InString {
+    #[inline(always)]
+    fn step(&mut self, bits: Bits) -> Option<usize> {
+        let quotes = bits.quotes & !self.carry.escaped_by(bits.backslashes);
+        (quotes != 0).then(|| quotes.trailing_zeros() as usize)
+    }
+}
+
+#[derive(Default)]
+struct InContainer {
+    carry: Carry,
+    /// How many containers have begun in it and not ended.
+    depth: u64,
+}
+
+impl Search for InContainer {
+    #[inline(always)]
+    fn step(&mut self, bits: Bits) -> Option<usize> {
+        let quotes = bits.quotes & !self.carry.escaped_by(bits.backslashes);
+        let in_string = parity(quotes) ^ self.carry.in_string;
+        self.carry.in_string = if in_string >> 63 == 1 { u64::MAX } else { 0 };
+        let (opening, mut closing) = (bits.opening & !in_string, bits.closing & !in_string);
+        // Most blocks cannot end it, whatever their order.
+        if u64::from(closing.count_ones()) <= self.depth {
+            self.depth = self.depth + u64::from(opening.count_ones()) - u64::from(closing.count_ones());
+            return None;
+        }
+        let mut closed = 0;
+        while closing != 0 {
+            let at = closing.trailing_zeros();
+            let opened = u64::from((opening & ((1 << at) - 1)).count_ones());
+            if self.depth + opened == closed {
+                return Some(at as usize);
+            }
+            closed += 1;
+            closing &= closing - 1;
+        }
+        self.depth = self.depth + u64::from(opening.count_ones()) - closed;
+        None
+    }
 }
 
 impl Carry {
     /// The bytes that a backslash before them escapes.
+    #[inline(always)]
     fn escaped_by(&mut self, backslashes: u64) -> u64 {
         if backslashes == 0 {
             return std::mem::take(&mut self.escaped);
@@ -95,6 +122,7 @@ impl Carry {
 }
 
 /// For each bit, whether the number of bits up to it is odd.
+#[inline(always)]
 fn parity(mut bits: u64) -> u64 {
     for shift in [1, 2, 4, 8, 16, 32] {
         bits ^= bits << shift;
@@ -102,27 +130,16 @@ fn parity(mut bits: u64) -> u64 {
     bits
 }
 
-/// In vectors, which are SSE2 on x86-64 and NEON on ARM.
-fn bits(block: &[u8; 64]) -> Bits {
-    let (lanes, _) = block.as_chunks::<16>();
-    let lane = |i: usize| u8x16::new(lanes.get(i).copied().unwrap_or_default());
-    let lanes = [lane(0), lane(1), lane(2), lane(3)];
-    let equal = |lanes: [u8x16; 4], byte: u8| lanes.map(|lane| lane.simd_eq(u8x16::splat(byte)));
-    let gather = |lanes: [u8x16; 4]| {
-        let [a, b, c, d] = lanes.map(|lane| u64::from(lane.to_bitmask()));
-        a | b << 16 | c << 32 | d << 48
-    };
-    // Most blocks have no backslash.
-    let backslashes = equal(lanes, b'\\');
-    let [a, b, c, d] = backslashes;
-    let any = ((a | b) | (c | d)).to_bitmask() != 0;
+#[inline(always)]
+fn bits<S: Simd>(simd: S, block: &[u8; 64]) -> Bits {
+    let bytes = u8x64::from_slice(simd, block);
     // This bit makes a brace of a bracket, and a brace or bracket of nothing else.
-    let braces = lanes.map(|lane| lane | u8x16::splat(0x20));
+    let braces = bytes | 0x20;
     Bits {
-        quotes: gather(equal(lanes, b'"')),
-        backslashes: if any { gather(backslashes) } else { 0 },
-        opening: gather(equal(braces, b'{')),
-        closing: gather(equal(braces, b'}')),
+        quotes: bytes.simd_eq(b'"').to_bitmask(),
+        backslashes: bytes.simd_eq(b'\\').to_bitmask(),
+        opening: braces.simd_eq(b'{').to_bitmask(),
+        closing: braces.simd_eq(b'}').to_bitmask(),
     }
 }
 
@@ -177,7 +194,9 @@ mod tests {
                 opening: naive(&bytes, b"{["),
                 closing: naive(&bytes, b"}]"),
             };
-            prop_assert_eq!(bits(block), expected);
+            for level in [Level::new(), Level::baseline()] {
+                prop_assert_eq!(&dispatch!(level, simd => bits(simd, block)), &expected);
+            }
         }
 
         #[test]
