@@ -187,7 +187,8 @@ async fn many_aliases(binary: &Path, aliases: usize) -> Result<()> {
     let api: Api<RegistryAlias> = Api::all(bed.client.clone());
     // kubectl waits for one after the other, which takes longer than it takes them to be ready.
     eventually(LIMIT, async || {
-        let ready = api.list(&ListParams::default()).await?.items.iter().filter(|alias| is_ready(alias)).count();
+        let ready =
+            api.list(&ListParams::default()).await?.items.iter().filter(|alias| is_ready(alias)).count();
         if ready < aliases {
             // A list of all of them is work for the API server, too.
             tokio::time::sleep(Duration::from_millis(250)).await;
