@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use ecr_cname::crd::RegistryAlias;
 
 use crate::{
     apiproxy::ApiProxy, aws::AwsStandIn, controlplane::ControlPlane, http, ports::Port, process::Process,
@@ -276,4 +277,11 @@ pub async fn web_identity_token(control_plane: &ControlPlane) -> Result<PathBuf>
     let path = control_plane.dir().join("web-identity-token");
     fs::write(&path, token)?;
     Ok(path)
+}
+
+/// Whether an alias is ready, as it is written now.
+#[must_use]
+pub fn is_ready(alias: &RegistryAlias) -> bool {
+    let status = alias.status.as_ref().filter(|s| s.observed_generation == alias.metadata.generation);
+    status.is_some_and(|s| s.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
 }

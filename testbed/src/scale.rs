@@ -187,8 +187,8 @@ async fn many_aliases(binary: &Path, aliases: usize) -> Result<()> {
     let api: Api<RegistryAlias> = Api::all(bed.client.clone());
     // kubectl waits for one after the other, which takes longer than it takes them to be ready.
     eventually(LIMIT, async || {
-        let ready =
-            api.list(&ListParams::default()).await?.items.iter().filter(|alias| is_ready(alias)).count();
+        let listed = api.list(&ListParams::default()).await?.items;
+        let ready = listed.iter().filter(|alias| operator::is_ready(alias)).count();
         if ready < aliases {
             // A list of all of them is work for the API server, too.
             tokio::time::sleep(Duration::from_millis(250)).await;
@@ -243,11 +243,6 @@ async fn new_namespaces(bed: &Bed) -> Result<(Duration, Duration)> {
 async fn written(operator: &Operator, secrets: usize) -> Result<()> {
     wait("every Secret is written", || async { Ok(operator.metric(WRITES).await? >= size_as_f64(secrets)) })
         .await
-}
-
-fn is_ready(alias: &RegistryAlias) -> bool {
-    let conditions = alias.status.iter().flat_map(|status| &status.conditions);
-    conditions.filter(|c| c.type_ == "Ready").any(|c| c.status == "True")
 }
 
 async fn settled(operator: &Operator, namespaces: usize) -> Result<()> {

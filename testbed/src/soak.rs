@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use ecr_cname::crd::{RegistryAlias, RegistryAliasStatus};
+use ecr_cname::crd::RegistryAlias;
 use kube::Api;
 use serde_json::json;
 
@@ -244,11 +244,7 @@ async fn ready(control_plane: &ControlPlane, name: &str) -> Result<()> {
     let api: Api<RegistryAlias> = Api::all(control_plane.kube_client()?);
     eventually(CONVERGENCE, async || {
         let alias = api.get(name).await?;
-        let current = |s: &&RegistryAliasStatus| s.observed_generation == alias.metadata.generation;
-        let status = alias.status.as_ref().filter(current);
-        let is_ready =
-            status.is_some_and(|s| s.conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"));
-        ensure!(is_ready, "alias {name} is not ready: {:?}", alias.status);
+        ensure!(operator::is_ready(&alias), "alias {name} is not ready: {:?}", alias.status);
         Ok(())
     })
     .await
