@@ -8,9 +8,8 @@ use std::{
 };
 
 use axum::{
-    Router,
     extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{StatusCode, Uri, header::CONTENT_TYPE},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -92,25 +91,31 @@ pub async fn serve(
     registry: Arc<Registry>,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let router = Router::new()
-        .route("/livez", get(|| async { "ok\n" }))
-        .route("/readyz", get(readyz).with_state(readiness))
-        .route("/metrics", get(metrics).with_state(registry));
-    server::serve(listener, None, router, LIMITS, ServerMetrics::default(), shutdown, DRAIN).await
+    let route = get(answer).with_state((readiness, registry));
+    server::serve(listener, None, route, LIMITS, ServerMetrics::default(), shutdown, DRAIN).await
 }
 
-async fn readyz(State(readiness): State<Readiness>) -> Response {
+async fn answer(State((readiness, registry)): State<(Readiness, Arc<Registry>)>, uri: Uri) -> Response {
+    match uri.path() {
+        "/livez" => "ok\n".into_response(),
+        "/readyz" => readyz(&readiness),
+        "/metrics" => metrics(&registry),
+        _ => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+fn readyz(readiness: &Readiness) -> Response {
     let waiting_for = readiness.waiting_for();
     if waiting_for.is_empty() {
-        (StatusCode::OK, "ok\n".to_owned()).into_response()
+        "ok\n".into_response()
     } else {
         let text = format!("not ready, waiting for: {}\n", waiting_for.join(", "));
         (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
     }
 }
 
-async fn metrics(State(registry): State<Arc<Registry>>) -> Response {
-    match metrics::render(&registry) {
+fn metrics(registry: &Registry) -> Response {
+    match metrics::render(registry) {
         Ok(text) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
         Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
     }

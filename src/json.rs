@@ -39,39 +39,48 @@ impl<'a> Scanner<'a> {
     }
 
     /// Reads an object. `field` is called for each of the `known` fields that is there, and must read its value. Other
-    /// fields are skipped, and all that follow when the last known one has been read.
+    /// fields are skipped, and all that follow when the last known one has been read. At most 32 are known.
     ///
     /// # Errors
     /// What comes is no object, or one of the known fields comes twice before all of them were read.
     #[inline]
-    pub fn object<const N: usize>(
+    pub fn object(
         &mut self,
-        known: [&'static str; N],
+        known: &[&'static str],
         mut field: impl FnMut(&mut Self, &'static str) -> Result<()>,
     ) -> Result<()> {
-        let mut unread = known.map(Some);
+        self.fields(known, &mut field)
+    }
+
+    /// One loop for all objects: a request finds few of its instructions in the cache, so there should be few.
+    #[inline(never)]
+    fn fields(
+        &mut self,
+        known: &[&'static str],
+        field: &mut dyn FnMut(&mut Self, &'static str) -> Result<()>,
+    ) -> Result<()> {
         self.expect(b'{', "an object")?;
         if self.take(b'}') {
             return Ok(());
         }
-        let mut left = N;
+        let mut unread = u32::MAX.unbounded_shr(32 - known.len() as u32);
         loop {
             self.expect(b'"', "the name of a field")?;
             #[cfg(test)]
             let start = self.at - 1;
             let name = self.name()?;
             self.expect(b':', "`:`")?;
-            match known.iter().position(|known| known.as_bytes() == name.as_ref()) {
-                Some(i) => match unread.get_mut(i).and_then(Option::take) {
-                    Some(name) => {
-                        field(self, name)?;
-                        left -= 1;
-                        if left == 0 {
-                            return self.skip_rest();
-                        }
+            match known.iter().enumerate().find(|(_, known)| known.as_bytes() == name.as_ref()) {
+                Some((i, known)) => {
+                    if unread & 1 << i == 0 {
+                        return Err(self.duplicate(&name));
                     }
-                    None => return Err(self.duplicate(&name)),
-                },
+                    field(self, known)?;
+                    unread &= !(1 << i);
+                    if unread == 0 {
+                        return self.skip_rest();
+                    }
+                }
                 None => {
                     self.skip()?;
                     #[cfg(test)]
@@ -121,10 +130,6 @@ impl<'a> Scanner<'a> {
         let (raw, has_escapes) = self.raw_string()?;
         if has_escapes {
             return self.unescape(raw).map(Cow::Owned);
-        }
-        // Without a way out in between, the compiler takes many bytes at a time.
-        if raw.iter().fold(false, |found, byte| found | (*byte < b' ')) {
-            return Err(self.error("a control character in a string"));
         }
         std::str::from_utf8(raw).map(Cow::Borrowed).map_err(|_| self.error("a string that is not UTF-8"))
     }
@@ -190,7 +195,7 @@ impl<'a> Scanner<'a> {
         if there { Ok(()) } else { Err(self.expected(literal)) }
     }
 
-    /// The name of a field, after its opening quote. Whether it is valid is of no interest unless it is a known one.
+    /// The name of a field, after its opening quote. Whether it is UTF-8 is of no interest unless it is a known one.
     #[inline]
     fn name(&mut self) -> Result<Cow<'a, [u8]>> {
         let (raw, has_escapes) = self.raw_string()?;
@@ -201,20 +206,22 @@ impl<'a> Scanner<'a> {
     }
 
     /// What a string holds as it is written, and whether that has escapes. Begins after the opening quote.
-    ///
-    /// What is read are short strings, so this takes eight bytes at a time, and leaves 64 to what is skipped.
     #[inline]
     fn raw_string(&mut self) -> Result<(&'a [u8], bool)> {
         let rest = self.bytes.get(self.at..).unwrap_or_default();
         let mut has_escapes = false;
         let mut end = 0;
         loop {
-            end += until_quote_or_backslash(rest.get(end..).unwrap_or_default());
+            end += block::end_of_plain_text(rest.get(end..).unwrap_or_default());
             match rest.get(end) {
                 Some(b'"') => break,
-                Some(_) => {
+                Some(b'\\') => {
                     has_escapes = true;
                     end += 2;
+                }
+                Some(_) => {
+                    self.at += end;
+                    return Err(self.error("a control character in a string"));
                 }
                 None => {
                     self.at = self.bytes.len();
@@ -287,23 +294,4 @@ impl<'a> Scanner<'a> {
             }
         }
     }
-}
-
-/// How many bytes come before the first quote or backslash, or the end.
-#[inline]
-fn until_quote_or_backslash(bytes: &[u8]) -> usize {
-    const ONES: u64 = 0x0101_0101_0101_0101;
-    const HIGH: u64 = 0x8080_8080_8080_8080;
-    let (words, rest) = bytes.as_chunks::<8>();
-    for (i, word) in words.iter().enumerate() {
-        let word = u64::from_le_bytes(*word);
-        // The lowest bit that is set stands for the first byte that is zero; higher ones may be false.
-        let zeros = |word: u64| word.wrapping_sub(ONES) & !word;
-        let found = (zeros(word ^ (ONES * u64::from(b'"'))) | zeros(word ^ (ONES * u64::from(b'\\')))) & HIGH;
-        if found != 0 {
-            return i * 8 + found.trailing_zeros() as usize / 8;
-        }
-    }
-    let before = rest.iter().take_while(|byte| !matches!(byte, b'"' | b'\\')).count();
-    words.len() * 8 + before
 }

@@ -120,7 +120,7 @@ pub fn parse(body: &[u8]) -> Result<Request<'_>, BadReview> {
 
 fn review<'a>(json: &mut Scanner<'a>) -> Result<Request<'a>, BadReview> {
     let (mut kind, mut api_version, mut request) = (Cow::default(), Cow::default(), None);
-    json.object(["kind", "apiVersion", "request"], |json, field| {
+    json.object(&["kind", "apiVersion", "request"], |json, field| {
         match field {
             "kind" => kind = json.text()?,
             "apiVersion" => api_version = json.text()?,
@@ -144,7 +144,7 @@ fn request<'a>(json: &mut Scanner<'a>) -> Result<Request<'a>, json::Error> {
     let (mut sub_resource, mut namespace, mut name) = (None, None, None);
     let (mut object, mut old_object) = (None, None);
     let fields = ["uid", "kind", "operation", "subResource", "namespace", "name", "object", "oldObject"];
-    json.object(fields, |json, field| {
+    json.object(&fields, |json, field| {
         match field {
             "uid" => uid = Some(json.text()?),
             "kind" => about = Some(group_and_kind(json)?),
@@ -174,7 +174,7 @@ fn request<'a>(json: &mut Scanner<'a>) -> Result<Request<'a>, json::Error> {
 
 fn group_and_kind<'a>(json: &mut Scanner<'a>) -> Result<(Cow<'a, str>, Cow<'a, str>), json::Error> {
     let (mut group, mut kind) = (Cow::default(), None);
-    json.object(["group", "kind"], |json, field| {
+    json.object(&["group", "kind"], |json, field| {
         match field {
             "group" => group = json.text()?,
             _ => kind = Some(json.text()?),
@@ -196,7 +196,7 @@ fn operation(json: &mut Scanner<'_>) -> Result<Operation, json::Error> {
 
 fn pod<'a>(json: &mut Scanner<'a>) -> Result<Pod<'a>, json::Error> {
     let mut pod = Pod::default();
-    json.object(["metadata", "spec"], |json, field| {
+    json.object(&["metadata", "spec"], |json, field| {
         match field {
             "metadata" => drop(json.nullable(|json| metadata(json, &mut pod))?),
             _ => drop(json.nullable(|json| spec(json, &mut pod))?),
@@ -207,10 +207,10 @@ fn pod<'a>(json: &mut Scanner<'a>) -> Result<Pod<'a>, json::Error> {
 }
 
 fn metadata<'a>(json: &mut Scanner<'a>, pod: &mut Pod<'a>) -> Result<(), json::Error> {
-    json.object(["annotations"], |json, _| {
+    json.object(&["annotations"], |json, _| {
         pod.annotations = json.nullable(|json| {
             let mut annotations = Annotations::default();
-            json.object([MIRROR, ORIGINAL_IMAGES], |json, field| {
+            json.object(&[MIRROR, ORIGINAL_IMAGES], |json, field| {
                 let value = json.nullable(Scanner::text)?;
                 match field {
                     MIRROR => annotations.mirror = value.is_some(),
@@ -226,7 +226,7 @@ fn metadata<'a>(json: &mut Scanner<'a>, pod: &mut Pod<'a>) -> Result<(), json::E
 
 fn spec<'a>(json: &mut Scanner<'a>, pod: &mut Pod<'a>) -> Result<(), json::Error> {
     let fields = ["containers", "initContainers", "ephemeralContainers", "volumes", "imagePullSecrets"];
-    json.object(fields, |json, field| {
+    json.object(&fields, |json, field| {
         let list = match field {
             "containers" => ImageList::Containers,
             "initContainers" => ImageList::InitContainers,
@@ -250,7 +250,7 @@ fn images<'a>(
 ) -> Result<(), json::Error> {
     json.array(|json, index| {
         let (mut owner, mut reference) = (None, None);
-        json.object(["name", "image"], |json, field| {
+        json.object(&["name", "image"], |json, field| {
             match field {
                 "name" => owner = json.nullable(Scanner::text)?,
                 _ if list == ImageList::Volumes => reference = json.nullable(image_volume)?.flatten(),
@@ -270,7 +270,7 @@ fn images<'a>(
 
 fn image_volume<'a>(json: &mut Scanner<'a>) -> Result<Option<Cow<'a, str>>, json::Error> {
     let mut reference = None;
-    json.object(["reference"], |json, _| {
+    json.object(&["reference"], |json, _| {
         reference = json.nullable(Scanner::text)?;
         Ok(())
     })?;
@@ -281,7 +281,7 @@ fn pull_secrets<'a>(json: &mut Scanner<'a>) -> Result<Vec<Cow<'a, str>>, json::E
     let mut names = Vec::new();
     json.array(|json, _| {
         let mut name = None;
-        json.object(["name"], |json, _| {
+        json.object(&["name"], |json, _| {
             name = json.nullable(Scanner::text)?;
             Ok(())
         })?;

@@ -10,10 +10,10 @@ mod ledger;
 use std::{convert::Infallible, io, net::TcpListener, sync::Arc, time::Duration};
 
 use axum::{
-    Router,
     body::{Body, Bytes},
     http::{Request, Response, StatusCode},
     response::IntoResponse as _,
+    routing::MethodRouter,
 };
 use http_body_util::{BodyExt as _, Collected, Full};
 use hyper::{
@@ -26,7 +26,7 @@ use hyper_util::{
 };
 use rustls::ServerConfig;
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
+    io::{AsyncRead, AsyncWrite, BufReader},
     net::TcpStream,
     sync::watch,
     task::JoinSet,
@@ -65,20 +65,24 @@ const MAX_HEADERS: u32 = 8 * 1024;
 const WINDOW: u32 = 256 * 1024;
 /// … and of all requests of a connection. A smaller one costs an answer of its own every other large request.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
+/// The most bytes of a body that come as one frame. Those of one frame are not copied, and most reviews are not larger.
+const FRAME: u32 = 32 * 1024;
+/// How much of a connection is read at once. TLS asks for 4 KiB at a time, and each time would be a system call.
+const READ_AHEAD: usize = 32 * 1024;
 /// The most requests of one connection at one time. The API server opens another connection for more.
 const STREAMS: u32 = 64;
 /// How long the client of an idle connection may take to agree to its end.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Serves `router` until `shutdown`, then lets requests under way finish for at most `drain`. With `tls`, each handshake is
-/// made with what it holds at the time. A body is read as a whole before the router is called.
+/// Has `route` answer, whatever the path, until `shutdown`, then lets requests under way finish for at most `drain`. With `tls`,
+/// each handshake is made with what it holds at the time. A body is read as a whole before the route is asked.
 ///
 /// # Errors
 /// The listener failed.
 pub async fn serve(
     listener: TcpListener,
     tls: Option<watch::Receiver<Arc<ServerConfig>>>,
-    router: Router,
+    route: MethodRouter,
     limits: Limits,
     metrics: ServerMetrics,
     shutdown: CancellationToken,
@@ -86,7 +90,7 @@ pub async fn serve(
 ) -> io::Result<()> {
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let (http1, http2) = (builder().http1_only(), builder().http2_only());
-    let port = Arc::new(Port { http1, http2, router, limits, shutdown, drain });
+    let port = Arc::new(Port { http1, http2, route, limits, shutdown, drain });
     let ledger = Ledger::new(limits, metrics, port.shutdown.clone());
     let mut connections = JoinSet::new();
     let mut sweep = tokio::time::interval(SWEEP);
@@ -138,6 +142,7 @@ fn builder() -> auto::Builder<TokioExecutor> {
         // No pings: the ledger sees who is silent for too long, and they would cost something with every frame.
         .max_concurrent_streams(STREAMS)
         .max_header_list_size(MAX_HEADERS)
+        .max_frame_size(FRAME)
         .max_send_buf_size(64 * 1024)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -152,7 +157,7 @@ fn builder() -> auto::Builder<TokioExecutor> {
 struct Port {
     http1: auto::Builder<TokioExecutor>,
     http2: auto::Builder<TokioExecutor>,
-    router: Router,
+    route: MethodRouter,
     limits: Limits,
     shutdown: CancellationToken,
     drain: Duration,
@@ -163,7 +168,10 @@ impl Port {
         // An answer is small, and nothing follows that it could be sent with.
         let _ = stream.set_nodelay(true);
         let Some(tls) = tls else { return self.converse(stream, true, seat).await };
-        let mut shaking = std::pin::pin!(timeout(self.limits.time, tls.accept(stream)));
+        let mut shaking = std::pin::pin!(timeout(
+            self.limits.time,
+            tls.accept(BufReader::with_capacity(READ_AHEAD, stream))
+        ));
         let shaken = tokio::select! {
             shaken = shaking.as_mut() => shaken,
             // Who is just coming in is told that the port closes, which takes HTTP.
@@ -190,14 +198,13 @@ impl Port {
         I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let (port, requests) = (self.clone(), seat.clone());
-        let service = service_fn(move |request| {
-            let charge = requests.request();
-            port.clone().respond(request, charge)
-        });
+        // In a box of its own, because hyper moves it about.
+        let service = service_fn(move |request| Box::pin(port.clone().respond(request, requests.request())));
         let io = TokioIo::new(Heard { io, seat: seat.clone(), http1 });
         let builder = if http1 { &self.http1 } else { &self.http2 };
         let mut connection = std::pin::pin!(builder.serve_connection(io, service));
         let patience = tokio::select! {
+            biased;
             ended = connection.as_mut() => {
                 if let Err(error) = ended {
                     debug!(error, "a connection failed");
@@ -227,7 +234,7 @@ impl Port {
         let response = match read.unwrap_or(Err(Rejection::Slow(self.limits.time))) {
             Ok(body) => {
                 charge.settle();
-                let answered = self.router.clone().call(Request::from_parts(parts, Body::from(body))).await;
+                let answered = self.route.clone().call(Request::from_parts(parts, Body::from(body))).await;
                 answered.unwrap_or_else(|never| match never {})
             }
             Err(rejection) => {
@@ -243,11 +250,20 @@ impl Port {
             response
         };
         let (parts, body) = response.into_parts();
-        // Whoever answers here has all of it at hand, so nothing is waited for, and nothing can fail.
-        let body = body.collect().await.map(Collected::to_bytes).unwrap_or_default();
+        let body = at_hand(body).await;
         charge.answer(body.len(), parts.status.is_success());
         Ok(Response::from_parts(parts, Full::new(Bytes::from_owner(Answer { body, _charge: charge }))))
     }
+}
+
+/// A body of which all is at hand, so that nothing is waited for, and nothing can fail.
+pub(crate) async fn at_hand(mut body: Body) -> Bytes {
+    let first = body.frame().await.and_then(|frame| frame.ok()?.into_data().ok()).unwrap_or_default();
+    if body.is_end_stream() {
+        return first;
+    }
+    let rest = body.collect().await.map(Collected::to_bytes).unwrap_or_default();
+    [first, rest].concat().into()
 }
 
 /// Why a request was not read.
@@ -294,9 +310,12 @@ async fn read(mut body: Incoming, charge: &mut Charge, limit: usize) -> Result<B
         }
         // Copied, because a piece keeps the whole buffer alive that it was read into.
         if length > whole.capacity() {
-            // What is announced is believed as far as eight times what has come; else what has come is copied too often.
-            let more = if announced.is_some() { length * 8 } else { whole.capacity() * 2 };
-            let capacity = more.min(announced.unwrap_or(limit)).max(length);
+            let capacity = match announced {
+                // It is believed as far as eight times what has come; else what has come is copied too often.
+                Some(size) => size.min(length * 8),
+                None => limit.min(whole.capacity() * 2),
+            };
+            let capacity = capacity.max(length);
             charge.hold(capacity).ok_or(Rejection::Busy)?;
             whole.reserve_exact(capacity - whole.len());
         }

@@ -1,6 +1,6 @@
 //! The alias table: host → what to do with an image at that host. Immutable, and made anew when an alias changes.
 
-use std::collections::{HashMap, HashSet};
+use foldhash::{HashMap, HashMapExt as _, HashSet};
 
 use crate::{
     alias::{Alias, Group, MAX_HOST},
@@ -81,7 +81,8 @@ impl HostTable {
     /// What to do with images at a host, which is compared as a whole, with its port and without regard to case.
     #[must_use]
     pub fn rule(&self, host: &str) -> Option<&Rule> {
-        if !host.bytes().any(|b| b.is_ascii_uppercase()) {
+        // Without a way out in between, the compiler takes many bytes at a time.
+        if !host.bytes().fold(false, |found, byte| found | byte.is_ascii_uppercase()) {
             return self.rules.get(host);
         }
         let mut buffer = [0; MAX_HOST];

@@ -11,15 +11,13 @@ use std::{
 
 use arc_swap::ArcSwap;
 use axum::{
-    Router,
-    body::to_bytes,
     extract::{Request as HttpRequest, State},
     http::{
         HeaderValue, StatusCode, Version,
         header::{CONNECTION, CONTENT_TYPE},
     },
     response::{IntoResponse, Response},
-    routing::post,
+    routing::{MethodRouter, post},
 };
 use prometheus_client::{
     encoding::{EncodeLabelSet, EncodeLabelValue},
@@ -111,9 +109,9 @@ impl Webhook {
         })
     }
 
-    /// The routes: `POST /mutate/GROUP/DIGEST`, as [`crate::matching`] registers them.
-    pub fn router(self: Arc<Self>, readiness: Readiness) -> Router {
-        Router::new().route("/mutate/{group}/{digest}", post(admit)).with_state((self, readiness))
+    /// The one route: `POST /mutate/GROUP/DIGEST`, as [`crate::matching`] registers it.
+    pub fn route(self: Arc<Self>, readiness: Readiness) -> MethodRouter {
+        post(admit).with_state((self, readiness))
     }
 
     /// Answers one request that came for a group of aliases, from a webhook entry with that digest.
@@ -228,8 +226,8 @@ pub async fn serve(
     drain: Duration,
 ) -> io::Result<()> {
     let (limits, metrics) = (webhook.limits, webhook.server_metrics.clone());
-    let router = webhook.router(readiness);
-    server::serve(listener, Some(tls), router, limits, metrics, shutdown, drain).await
+    let route = webhook.route(readiness);
+    server::serve(listener, Some(tls), route, limits, metrics, shutdown, drain).await
 }
 
 async fn admit(
@@ -237,12 +235,11 @@ async fn admit(
     request: HttpRequest,
 ) -> Response {
     let (head, body) = request.into_parts();
-    // The router let through what has both.
-    let path = head.uri.path().strip_prefix("/mutate/").unwrap_or_default();
-    let (group, digest) = path.split_once('/').unwrap_or_default();
+    let Some((group, digest)) = group_and_digest(head.uri.path()) else {
+        return StatusCode::NOT_FOUND.into_response();
+    };
     let answer = if is_json(head.headers.get(CONTENT_TYPE)) {
-        // The server has read it, within its bounds.
-        let body = to_bytes(body, webhook.limits.body).await.unwrap_or_default();
+        let body = server::at_hand(body).await;
         let arrived = Instant::now();
         let request = review::parse(&body);
         if let Ok(request) = &request {
@@ -268,11 +265,19 @@ async fn admit(
     response
 }
 
+/// The parts of the path by which the API server calls.
+fn group_and_digest(path: &str) -> Option<(&str, &str)> {
+    let (group, digest) = path.strip_prefix("/mutate/")?.split_once('/')?;
+    (!group.is_empty() && !digest.is_empty() && !digest.contains('/')).then_some((group, digest))
+}
+
 fn is_json(content_type: Option<&HeaderValue>) -> bool {
-    content_type
-        .and_then(|v| v.to_str().ok())
-        .and_then(|v| v.split(';').next())
-        .is_some_and(|v| v.trim().eq_ignore_ascii_case("application/json"))
+    // What the API server says.
+    content_type.is_some_and(|v| v == "application/json")
+        || content_type
+            .and_then(|v| v.to_str().ok())
+            .and_then(|v| v.split(';').next())
+            .is_some_and(|v| v.trim().eq_ignore_ascii_case("application/json"))
 }
 
 fn audit_warning(mutation: &Mutation<'_>) -> String {

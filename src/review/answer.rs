@@ -3,8 +3,8 @@
 use std::io::Write as _;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
+use serde::Serialize;
 
-use super::ORIGINAL_IMAGES;
 use crate::mutate::{Edit, ImageList, LEFT_OUT, Mutation, Trace};
 
 /// Writes the answer that lets the pod pass, with a patch if there is one.
@@ -18,7 +18,7 @@ pub fn allow(uid: &str, mutation: Option<&Mutation<'_>>, warning: Option<&str>) 
     }
     if let Some(warning) = warning {
         out.extend_from_slice(br#","warnings":["#);
-        write_string(&mut out, warning);
+        write_json(&mut out, warning);
         out.push(b']');
     }
     out.extend_from_slice(b"}}");
@@ -31,7 +31,7 @@ pub fn deny(uid: &str, code: u16, reason: &str, message: &str) -> Vec<u8> {
     let mut out = open(uid, false, message.len());
     // Writing to a Vec cannot fail.
     let _ = write!(out, r#","status":{{"code":{code},"reason":"{reason}","message":"#);
-    write_string(&mut out, message);
+    write_json(&mut out, message);
     out.extend_from_slice(b"}}}");
     out
 }
@@ -42,8 +42,8 @@ fn patch(out: &mut Vec<u8>, mutation: &Mutation<'_>) {
     for edit in &mutation.edits {
         out.extend_from_slice(br#"{"op":"replace","path":"/spec/"#);
         out.extend_from_slice(edit.image.list.field().as_bytes());
-        // Writing to a Vec cannot fail.
-        let _ = write!(out, "/{}", edit.image.index);
+        out.push(b'/');
+        write_json(out, &edit.image.index);
         out.extend_from_slice(match edit.image.list {
             ImageList::Volumes => b"/image/reference",
             _ => b"/image",
@@ -54,12 +54,15 @@ fn patch(out: &mut Vec<u8>, mutation: &Mutation<'_>) {
         out.extend_from_slice(br#""},"#);
     }
     if let Some(secret) = &mutation.pull_secret {
-        let (suffix, open, close) = if secret.list_exists { ("/-", "", "") } else { ("", "[", "]") };
-        let _ = write!(
-            out,
-            r#"{{"op":"add","path":"/spec/imagePullSecrets{suffix}","value":{open}{{"name":"{}"}}{close}}},"#,
-            secret.name
-        );
+        let (path, end): (&[u8], &[u8]) = if secret.list_exists {
+            (br#"/-","value":{"name":"#, b"}},")
+        } else {
+            (br#"","value":[{"name":"#, b"}]},")
+        };
+        out.extend_from_slice(br#"{"op":"add","path":"/spec/imagePullSecrets"#);
+        out.extend_from_slice(path);
+        write_json(out, secret.name);
+        out.extend_from_slice(end);
     }
     if let Some(trace) = &mutation.trace {
         if trace.annotations_exist {
@@ -68,8 +71,9 @@ fn patch(out: &mut Vec<u8>, mutation: &Mutation<'_>) {
             );
             original_images(out, trace, &mutation.edits);
         } else {
-            let _ =
-                write!(out, r#"{{"op":"add","path":"/metadata/annotations","value":{{"{ORIGINAL_IMAGES}":"#);
+            out.extend_from_slice(
+                br#"{"op":"add","path":"/metadata/annotations","value":{"ecr-cname.dev/original-images":"#,
+            );
             original_images(out, trace, &mutation.edits);
             out.push(b'}');
         }
@@ -81,23 +85,28 @@ fn patch(out: &mut Vec<u8>, mutation: &Mutation<'_>) {
 
 /// Writes the annotation with the original names: JSON in a string of JSON.
 fn original_images(out: &mut Vec<u8>, trace: &Trace, edits: &[Edit<'_>]) {
-    let entry = |out: &mut Vec<u8>, field: &[&str], name: &str| {
+    out.extend_from_slice(br#""{"#);
+    for (field, name) in &trace.existing {
         out.extend_from_slice(br#"\""#);
-        field.iter().for_each(|part| escape_twice(out, part));
+        escape_twice(out, field);
         out.extend_from_slice(br#"\":\""#);
         escape_twice(out, name);
         out.extend_from_slice(br#"\","#);
-    };
-    out.extend_from_slice(br#""{"#);
-    for (field, name) in &trace.existing {
-        entry(out, &[field], name);
     }
     for Edit { image, .. } in edits.iter().take(trace.added) {
-        entry(out, &["spec.", image.list.field(), "{", &image.owner, "}"], &image.reference);
+        out.extend_from_slice(br#"\"spec."#);
+        out.extend_from_slice(image.list.field().as_bytes());
+        out.push(b'{');
+        escape_twice(out, &image.owner);
+        out.extend_from_slice(br#"}\":\""#);
+        // What was rewritten is of the image grammar, which knows nothing to escape.
+        out.extend_from_slice(image.reference.as_bytes());
+        out.extend_from_slice(br#"\","#);
     }
     let left_out = edits.len() - trace.added;
     if left_out > 0 {
-        entry(out, &[LEFT_OUT], &format!("{left_out} more"));
+        // Writing to a Vec cannot fail.
+        let _ = write!(out, r#"\"{LEFT_OUT}\":\"{left_out} more\","#);
     }
     without_comma(out);
     out.extend_from_slice(br#"}""#);
@@ -148,12 +157,13 @@ fn open(uid: &str, allowed: bool, room: usize) -> Vec<u8> {
     out.extend_from_slice(
         br#"{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1","response":{"uid":"#,
     );
-    write_string(&mut out, uid);
-    let _ = write!(out, r#","allowed":{allowed}"#);
+    write_json(&mut out, uid);
+    out.extend_from_slice(if allowed { br#","allowed":true"# } else { br#","allowed":false"# });
     out
 }
 
-fn write_string(out: &mut Vec<u8>, text: &str) {
-    // Writing a string to a Vec cannot fail.
-    let _ = serde_json::to_writer(out, text);
+/// Writes a string or a number.
+fn write_json(out: &mut Vec<u8>, value: &(impl Serialize + ?Sized)) {
+    // It cannot fail: it is no map, and a Vec takes it all.
+    let _ = serde_json::to_writer(out, value);
 }

@@ -326,7 +326,7 @@ async fn a_new_pod_waits_for_the_alias_that_is_not_known_yet() {
         watch.send_replace(Arc::default());
     };
     // The request comes first, and finds the old table.
-    let (response, ()) = tokio::join!(biased; webhook.router(Readiness::default()).oneshot(request), learns);
+    let (response, ()) = tokio::join!(biased; webhook.route(Readiness::default()).oneshot(request), learns);
     let body = to_bytes(response.unwrap().into_body(), usize::MAX).await.unwrap();
     let response: Value = serde_json::from_slice(&body).unwrap();
     let images = images(&patched(&response["response"], &pod).unwrap());
