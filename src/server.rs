@@ -220,6 +220,10 @@ impl Port {
                 return
             },
         };
+        // hyper would close it at once, and a request may just be on its way, whose answer says that nothing more is taken.
+        if http1 && seat.is_new() && timeout(FAREWELL.min(patience), connection.as_mut()).await.is_ok() {
+            return;
+        }
         connection.as_mut().graceful_shutdown();
         let _ = timeout(patience, connection).await;
     }

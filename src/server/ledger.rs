@@ -237,6 +237,12 @@ impl Seat {
         state.connections.get(&self.0.id).is_some_and(|c| c.answered && c.requests == 0)
     }
 
+    /// Whether nothing has come on the connection yet.
+    pub(super) fn is_new(&self) -> bool {
+        let state = self.0.ledger.lock();
+        state.connections.get(&self.0.id).is_some_and(|c| !c.answered && c.requests == 0 && c.heard.is_none())
+    }
+
     /// Something came. If there is no request, one has begun.
     pub(super) fn heard(&self) {
         if let Some(connection) = self.0.ledger.lock().connections.get_mut(&self.0.id)

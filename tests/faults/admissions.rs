@@ -168,6 +168,7 @@ async fn a_connection_that_is_kept_is_not_closed_under_a_request() {
     }
     assert!(used.stays_open(Duration::from_secs(15)).await, "a connection was closed that was only idle");
     assert!(idle.stays_open(Duration::from_millis(10)).await);
+    let mut new = Kept::open(&cluster, operator.webhook_address()).await;
 
     operator.process().terminate().unwrap();
     let told = Instant::now();
@@ -180,6 +181,13 @@ async fn a_connection_that_is_kept_is_not_closed_under_a_request() {
     assert!(told.elapsed() < Duration::from_secs(3), "long before the end");
     assert!(idle.stays_open(Duration::from_millis(100)).await, "there is time to use it once more");
     assert!(idle.ask().await.contains("connection: close"));
+
+    // The port closes just when a new connection is about to be used.
+    while tokio::net::TcpStream::connect(operator.webhook_address()).await.is_ok() {
+        assert!(told.elapsed() < LIMIT);
+    }
+    let answer = new.ask().await;
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("connection: close"), "{answer}");
 }
 
 /// A connection of HTTP/1.1 to the webhook, as the API server keeps one.
