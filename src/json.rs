@@ -9,6 +9,12 @@ mod block;
 
 use std::{borrow::Cow, fmt::Display};
 
+/// Whether a text stands in a string of JSON as it is, without an escape.
+#[must_use]
+pub fn is_plain(text: &str) -> bool {
+    block::end_of_plain_text(text.as_bytes()) == text.len()
+}
+
 /// Where and why a text is not the JSON that was expected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]

@@ -272,12 +272,10 @@ fn group_and_digest(path: &str) -> Option<(&str, &str)> {
 }
 
 fn is_json(content_type: Option<&HeaderValue>) -> bool {
-    // What the API server says.
-    content_type.is_some_and(|v| v == "application/json")
-        || content_type
-            .and_then(|v| v.to_str().ok())
-            .and_then(|v| v.split(';').next())
-            .is_some_and(|v| v.trim().eq_ignore_ascii_case("application/json"))
+    content_type
+        .and_then(|v| v.to_str().ok())
+        .and_then(|v| v.as_bytes().split(|byte| *byte == b';').next())
+        .is_some_and(|v| v.trim_ascii().eq_ignore_ascii_case(b"application/json"))
 }
 
 fn audit_warning(mutation: &Mutation<'_>) -> String {

@@ -5,7 +5,11 @@ use std::io::Write as _;
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::Serialize;
 
-use crate::mutate::{Edit, ImageList, LEFT_OUT, Mutation, Trace};
+use super::ORIGINAL_IMAGES;
+use crate::{
+    json,
+    mutate::{Edit, ImageList, LEFT_OUT, Mutation, Trace},
+};
 
 /// Writes the answer that lets the pod pass, with a patch if there is one.
 #[must_use]
@@ -71,9 +75,9 @@ fn patch(out: &mut Vec<u8>, mutation: &Mutation<'_>) {
             );
             original_images(out, trace, &mutation.edits);
         } else {
-            out.extend_from_slice(
-                br#"{"op":"add","path":"/metadata/annotations","value":{"ecr-cname.dev/original-images":"#,
-            );
+            out.extend_from_slice(br#"{"op":"add","path":"/metadata/annotations","value":{""#);
+            out.extend_from_slice(ORIGINAL_IMAGES.as_bytes());
+            out.extend_from_slice(br#"":"#);
             original_images(out, trace, &mutation.edits);
             out.push(b'}');
         }
@@ -114,8 +118,7 @@ fn original_images(out: &mut Vec<u8>, trace: &Trace, edits: &[Edit<'_>]) {
 
 /// Writes a text as it stands in a string of JSON that stands in a string of JSON. Hardly any needs an escape.
 fn escape_twice(out: &mut Vec<u8>, text: &str) {
-    // Without a way out in between, the compiler takes many bytes at a time.
-    if !text.bytes().fold(false, |found, byte| found | matches!(byte, b'"' | b'\\' | ..b' ')) {
+    if json::is_plain(text) {
         return out.extend_from_slice(text.as_bytes());
     }
     let once = serde_json::Value::from(text).to_string();

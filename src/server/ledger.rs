@@ -237,7 +237,7 @@ impl Seat {
         state.connections.get(&self.0.id).is_some_and(|c| c.answered && c.requests == 0)
     }
 
-    /// Whether nothing has come on the connection yet.
+    /// Whether the connection has never been answered with success, and nothing of a request is there.
     pub(super) fn is_new(&self) -> bool {
         let state = self.0.ledger.lock();
         state.connections.get(&self.0.id).is_some_and(|c| !c.answered && c.requests == 0 && c.heard.is_none())
